@@ -1,0 +1,59 @@
+"""Registration of the `fastrank::*` operators: schema, implementation, fake, autograd, in one call an operator.
+
+The schemas live in csrc/registry.cpp, so that C++ programs have them too. Where that part is not compiled they are
+defined here from the same strings; a test holds the two spellings together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrank import _native
+
+_native.load("_C")
+_library = torch.library.Library("fastrank", "FRAGMENT")
+SCHEMAS: dict[str, str] = {}
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Register one operator from its schema, ``name(...) -> ...``.
+
+    `implementation` serves every device and does its own dispatch; `fake` (default: the implementation itself, run on
+    fake tensors) gives shapes; `backward` and `setup_context` are `torch.library.register_autograd`'s.
+    """
+    name = schema.split("(", 1)[0]
+    SCHEMAS[name] = schema
+    qualified = f"fastrank::{name}"
+    if not hasattr(torch.ops.fastrank, name):
+        _library.define(schema)
+    torch.library.impl(qualified, "default", implementation, lib=_library)
+    torch.library.register_fake(qualified, fake or implementation, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype, where autocast is on for their device (float64 is left alone, as in torch)."""
+    tensors = (x, *others)
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where `x` is stored so (and not also contiguous), else contiguous."""
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format

@@ -1,0 +1,5 @@
+"""The truth of every operator, one file an op family: plain PyTorch, imports torch alone."""
+
+from fastrank.reference import conv
+
+__all__ = ["conv"]
