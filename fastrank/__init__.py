@@ -1,6 +1,23 @@
 """fastrank: low-rank compression of CNNs that is fast where it is slow."""
 
-from fastrank import ops
+from fastrank import complexity, decompose, methods, models, nn, ops, ranks, regularize
 from fastrank._version import __version__
+from fastrank.convert import compress
+from fastrank.methods import make_plan
+from fastrank.plan import LayerPlan, Plan
 
-__all__ = ["__version__", "ops"]
+__all__ = [
+    "LayerPlan",
+    "Plan",
+    "__version__",
+    "complexity",
+    "compress",
+    "decompose",
+    "make_plan",
+    "methods",
+    "models",
+    "nn",
+    "ops",
+    "ranks",
+    "regularize",
+]

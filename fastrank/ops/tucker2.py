@@ -11,9 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastrank import _backends, _checks, reference
 from fastrank.ops import _register
-from fastrank.ops._conv import conv_geometry, conv_macs
-
-Pair = tuple[int, int]
+from fastrank.ops._conv import Pair, conv_geometry, conv_macs
 
 
 def tucker2_conv2d(

@@ -1,5 +1,5 @@
 """The truth of every operator, one file an op family: plain PyTorch, imports torch alone."""
 
-from fastrank.reference import conv
+from fastrank.reference import conv, gates, linalg
 
-__all__ = ["conv"]
+__all__ = ["conv", "gates", "linalg"]

@@ -1,19 +1,31 @@
 """The truth of the factored convolutions, in plain PyTorch.
 
 Letters: N batch, I input channels, O output channels, H W map, kh kw kernel, R rank.
+The backward functions recompute the intermediate maps instead of storing them, and are built from differentiable
+operators alone, so that a second differentiation works.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+ONE, ZERO = (1, 1), (0, 0)
 
 
 def tucker2_conv2d(
-    x: Tensor, w_in: Tensor, core: Tensor, w_out: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    x: Tensor,
+    w_in: Tensor,
+    core: Tensor,
+    w_out: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """1×1 (I→R_in), kh×kw (R_in→R_out; stride, padding and dilation here), 1×1 (R_out→O; bias here).
 
@@ -38,40 +50,29 @@ def tucker2_conv2d_backward(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (x, w_in, core, w_out); the two intermediate maps are recomputed, not stored.
-
-    Built from differentiable operators alone, so that a second differentiation works.
-    """
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, w_in, core, w_out); None where `needs` is False."""
     need_x, need_in, need_core, need_out = needs
-    one, zero = (1, 1), (0, 0)
     w_in4, w_out4 = w_in[:, :, None, None], w_out[:, :, None, None]
     z_in = F.conv2d(x, w_in4)
-    grad_core = grad_w_in = grad_x = grad_w_out = None
-
-    def step(g: Tensor, z: Tensor, w: Tensor, s: Pair, p: Pair, d: Pair, need_z: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-        out = torch.ops.aten.convolution_backward(g, z, w, None, s, p, d, False, zero, 1, (need_z, need_w, False))
-        return out[0], out[1]
-
-    below_core = need_x or need_in
-    # The map behind the core is only read by w_out's gradient: with a frozen w_out its values do not matter.
     z_out = F.conv2d(z_in, core, None, stride, padding, dilation)
-    grad_z_out, grad_w_out = step(grad, z_out, w_out4, one, zero, one, below_core or need_core, need_out)
-    if below_core or need_core:
-        grad_z_in, grad_core = step(grad_z_out, z_in, core, stride, padding, dilation, below_core, need_core)
-        if below_core:
-            grad_x, grad_w_in = step(grad_z_in, x, w_in4, one, zero, one, need_x, need_in)
-    return (
-        grad_x if need_x else None,
-        grad_w_in.flatten(1) if need_in and grad_w_in is not None else None,
-        grad_core if need_core else None,
-        grad_w_out.flatten(1) if need_out and grad_w_out is not None else None,
-    )
+    below_core = need_x or need_in
+    grad_z, grad_out = _step(grad, z_out, w_out4, (below_core or need_core, need_out))
+    grad_z, grad_core = _step(grad_z, z_in, core, (below_core, need_core), stride, padding, dilation)
+    grad_x, grad_in = _step(grad_z, x, w_in4, (need_x, need_in))
+    return grad_x, _flat(grad_in), grad_core, _flat(grad_out)
 
 
 def cp_conv2d(
-    x: Tensor, pointwise: Tensor, vertical: Tensor, horizontal: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    x: Tensor,
+    pointwise: Tensor,
+    vertical: Tensor,
+    horizontal: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Pointwise I→R·O, vertical depthwise (stride (s, 1)), horizontal depthwise (stride (1, s)), sum over R, bias once.
 
@@ -79,10 +80,9 @@ def cp_conv2d(
     Channel index of the intermediate maps: r·O + o.
     """
     rank, out_channels, _ = pointwise.shape
-    groups = rank * out_channels
-    z = F.conv2d(x, pointwise.flatten(0, 1)[:, :, None, None])
-    z = F.conv2d(z, vertical.reshape(groups, 1, -1, 1), None, (stride[0], 1), (padding[0], 0), (dilation[0], 1), groups)
-    z = F.conv2d(z, horizontal.reshape(groups, 1, 1, -1), None, (1, stride[1]), (0, padding[1]), (1, dilation[1]), groups)
+    z = F.conv2d(x, _pointwise4(pointwise))
+    z = F.conv2d(z, _vertical4(vertical), None, *_vertical_geometry(stride, padding, dilation), rank * out_channels)
+    z = F.conv2d(z, _horizontal4(horizontal), None, *_horizontal_geometry(stride, padding, dilation), rank * out_channels)
     out = z.unflatten(1, (rank, out_channels)).sum(1)
     return out if bias is None else out + bias[:, None, None]
 
@@ -90,3 +90,75 @@ def cp_conv2d(
 def cp_weight(pointwise: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
     """The dense kernel (O, I, kh, kw): filter o is Σ_r pointwise[r, o] ∘ vertical[r, o] ∘ horizontal[r, o]."""
     return torch.einsum("roi,roy,rox->oiyx", pointwise, vertical, horizontal)
+
+
+def cp_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    pointwise: Tensor,
+    vertical: Tensor,
+    horizontal: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, pointwise, vertical, horizontal); None where `needs` is False."""
+    need_x, need_point, need_vertical, need_horizontal = needs
+    groups = pointwise.shape[0] * pointwise.shape[1]
+    point4, vertical4, horizontal4 = _pointwise4(pointwise), _vertical4(vertical), _horizontal4(horizontal)
+    along_h = (*_vertical_geometry(stride, padding, dilation), groups)
+    along_w = (*_horizontal_geometry(stride, padding, dilation), groups)
+    z_point = F.conv2d(x, point4)
+    z_vertical = F.conv2d(z_point, vertical4, None, *along_h)
+    below = need_x or need_point
+    # Every rank's map receives the same gradient: the backward of the sum over R.
+    grad_z: Tensor | None = grad.unsqueeze(1).expand(-1, pointwise.shape[0], -1, -1, -1).flatten(1, 2)
+    grad_z, grad_horizontal = _step(grad_z, z_vertical, horizontal4, (below or need_vertical, need_horizontal), *along_w)
+    grad_z, grad_vertical = _step(grad_z, z_point, vertical4, (below, need_vertical), *along_h)
+    grad_x, grad_point = _step(grad_z, x, point4, (need_x, need_point))
+    shaped = zip((grad_point, grad_vertical, grad_horizontal), (pointwise, vertical, horizontal), strict=True)
+    return grad_x, *(None if g is None else g.reshape(factor.shape) for g, factor in shaped)
+
+
+def _step(
+    grad: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
+    needs: tuple[bool, bool],
+    stride: Pair = ONE,
+    padding: Pair = ZERO,
+    dilation: Pair = ONE,
+    groups: int = 1,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of one convolution's input and weight."""
+    if grad is None or not any(needs):
+        return None, None
+    out = torch.ops.aten.convolution_backward(
+        grad, z, weight, None, stride, padding, dilation, False, ZERO, groups, (*needs, False)
+    )
+    return out[0], out[1]
+
+
+def _flat(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.flatten(1)
+
+
+def _pointwise4(pointwise: Tensor) -> Tensor:
+    return pointwise.flatten(0, 1)[:, :, None, None]
+
+
+def _vertical4(vertical: Tensor) -> Tensor:
+    return vertical.flatten(0, 1)[:, None, :, None]
+
+
+def _horizontal4(horizontal: Tensor) -> Tensor:
+    return horizontal.flatten(0, 1)[:, None, None, :]
+
+
+def _vertical_geometry(stride: Pair, padding: Pair, dilation: Pair) -> tuple[Pair, Pair, Pair]:
+    return (stride[0], 1), (padding[0], 0), (dilation[0], 1)
+
+
+def _horizontal_geometry(stride: Pair, padding: Pair, dilation: Pair) -> tuple[Pair, Pair, Pair]:
+    return (1, stride[1]), (0, padding[1]), (1, dilation[1])

@@ -1,0 +1,198 @@
+"""A plan applied to a model: every named convolution becomes the factored layer that its plan says.
+
+All new layers are built before the first one is put in place, so that an error leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastrank import _checks
+from fastrank._stages import ConvStage
+from fastrank.decompose.tucker import max_ranks
+from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
+from fastrank.nn import svd as _svd
+from fastrank.nn._conv import FactoredConv2d, geometry_of, why_not_factorable
+from fastrank.plan import LayerPlan, Plan
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A convolution in a model: its first name, the module, and why it cannot be factored (empty if it can)."""
+
+    name: str
+    conv: nn.Conv2d
+    reason: str
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Every convolution of `model` (subclasses of nn.Conv2d too), shared ones once, in the order of the modules."""
+    if not isinstance(model, nn.Module):
+        raise _checks.fail_type("model", "a torch.nn.Module", model)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    owners: dict[int, list[str]] = {}
+    for name, conv in found:
+        owners.setdefault(id(conv.weight), []).append(name)
+    result = []
+    for name, conv in found:
+        reason = why_not_factorable(conv)
+        others = [other for other in owners[id(conv.weight)] if other != name]
+        if not reason and others:
+            reason = f"it shares its weight with {others[0]}"
+        if not reason and not bool(torch.isfinite(conv.weight.detach()).all()):
+            reason = "its weight holds NaN or infinite values"
+        result.append(Site(name, conv, reason))
+    return result
+
+
+def input_sizes(model: nn.Module, example_input: Tensor) -> dict[str, Pair]:
+    """(H, W) of the map that each convolution, dense or factored, sees first when `model` runs on `example_input`.
+
+    The model runs once in eval mode without gradients and is left as it was.
+    """
+    if not isinstance(example_input, Tensor):
+        raise _checks.fail_type("example_input", "a torch.Tensor", example_input)
+    sizes: dict[str, Pair] = {}
+    handles = []
+    training = {module: module.training for module in model.modules()}
+
+    def record(name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sizes.setdefault(name, (args[0].shape[-2], args[0].shape[-1]))
+
+        handles.append(module.register_forward_pre_hook(hook))
+
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d | FactoredConv2d):
+                record(name)
+        model.eval()
+        with torch.no_grad():
+            model(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return sizes
+
+
+def factored_stages(conv: nn.Conv2d, layer: LayerPlan, in_size: Pair) -> list[ConvStage]:
+    """The plain convolutions that `layer` would make of `conv` on an (H, W) map; no weight is touched."""
+    shape, kernel = tuple(conv.weight.shape), (conv.kernel_size[0], conv.kernel_size[1])
+    channels = conv.in_channels, conv.out_channels
+    _check_ranks(layer, shape)
+    geometry = geometry_of(conv)
+    factored: FactoredConv2d
+    if layer.method == "tucker2":
+        factored = FusedTucker2Conv(*channels, kernel, (layer.ranks[0], layer.ranks[1]), **geometry)
+    elif layer.method == "cp":
+        factored = FusedCPConv(*channels, kernel, layer.ranks[0], **geometry)
+    elif layer.method.startswith("svd-"):
+        factored = SVDConv(*channels, kernel, layer.ranks[0], scheme=layer.method.removeprefix("svd-"), **geometry)
+    else:
+        out = FusedTucker2Conv(*channels, kernel, (1, 1), **geometry)._out_size(in_size)
+        return [ConvStage("dense", *channels, kernel, 1, conv.bias is not None, out)]
+    return factored.conv_stages(in_size)
+
+
+def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool = True) -> nn.Module:
+    """`model` with every layer of `plan` factored; a copy unless `inplace`.
+
+    guard: leave a layer dense where its factored form would hold more parameters than it does now. The result bears
+    `fastrank_plan`, the plan as applied, with a reason for every layer that stays dense.
+    Raises ValueError where the plan names a layer that the model lacks, one that cannot be factored, or ranks above
+    its maximum; the model is then unchanged.
+    """
+    if not isinstance(plan, Plan):
+        raise _checks.fail_type("plan", "a fastrank.Plan", plan)
+    known = {site.name: site for site in sites(model)}
+    if inplace and "" in known and plan.compressed:
+        raise _checks.fail("inplace", "False for a model that is itself a convolution", "True")
+    replacements: dict[nn.Module, nn.Module] = {}
+    applied: dict[str, LayerPlan] = {}
+    for name, layer in plan.layers.items():
+        _checks.choice("plan.layers", name, known)
+        site = known[name]
+        if layer.method != "dense":
+            if site.reason:
+                raise ValueError(f"plan.layers[{name!r}] must be dense for a layer that cannot be factored: {site.reason}")
+            _check_ranks(layer, tuple(site.conv.weight.shape), f"plan.layers[{name!r}]: ")
+            layer = guarded(site.conv, layer, "params") if guard else layer
+        applied[name] = layer
+        if layer.method != "dense":
+            replacements[site.conv] = build(site.conv, layer)
+    for name, site in known.items():
+        applied.setdefault(name, LayerPlan("dense", (), site.reason or "not in the plan"))
+    result = model if inplace else _copy_with(model, replacements)
+    if inplace:
+        for parent, attribute, child in list(_children(model)):
+            if child in replacements:
+                setattr(parent, attribute, replacements[child])
+    result.fastrank_plan = Plan(applied, plan.method, plan.options)  # type: ignore[assignment]
+    return result
+
+
+def guarded(conv: nn.Conv2d, layer: LayerPlan, cost: str, in_size: Pair = (1, 1)) -> LayerPlan:
+    """`layer`, or dense with the reason where the factored form is not cheaper; cost: "params" or "macs" on `in_size`."""
+    if cost == "params":
+        dense = conv.weight.numel()
+        factored = sum(stage.weights for stage in factored_stages(conv, layer, any_size(conv)))
+    else:
+        dense = sum(stage.macs for stage in factored_stages(conv, LayerPlan("dense"), in_size))
+        factored = sum(stage.macs for stage in factored_stages(conv, layer, in_size))
+    if factored < dense:
+        return layer
+    ranks = "×".join(map(str, layer.ranks))
+    unit = "weights" if cost == "params" else "multiply-adds"
+    return LayerPlan("dense", (), f"{layer.method} at rank {ranks} takes {factored:,} {unit}, the dense layer {dense:,}")
+
+
+def build(conv: nn.Conv2d, layer: LayerPlan) -> nn.Module:
+    """The factored layer that `layer` makes of `conv`."""
+    if layer.method == "tucker2":
+        return FusedTucker2Conv.from_conv(conv, (layer.ranks[0], layer.ranks[1]))
+    if layer.method == "cp":
+        return FusedCPConv.from_conv(conv, layer.ranks[0])
+    return SVDConv.from_conv(conv, layer.ranks[0], layer.method.removeprefix("svd-"))
+
+
+def _check_ranks(layer: LayerPlan, shape: tuple[int, ...], where: str = "") -> None:
+    limits: tuple[int, ...]
+    if layer.method == "tucker2":
+        limits = max_ranks(shape)
+    elif layer.method == "cp":
+        limits = (shape[2] * shape[3],)
+    elif layer.method == "dense":
+        limits = ()
+    else:
+        limits = (_svd.max_rank(layer.method.removeprefix("svd-"), shape),)
+    for index, (rank, limit) in enumerate(zip(layer.ranks, limits, strict=True)):
+        _checks.integer(f"{where}ranks[{index}]", rank, 1, limit)
+
+
+def any_size(conv: nn.Conv2d) -> Pair:
+    """A map that the kernel fits into, for counts that do not depend on the size."""
+    kernel, dilation = conv.kernel_size, conv.dilation
+    return dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1
+
+
+def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A deep copy of `model` in which the replacements stand for their convolutions (which are not copied)."""
+    memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
+    return copy.deepcopy(model, memo)
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute, child) for every place a module stands at, shared ones at each."""
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                yield parent, attribute, child

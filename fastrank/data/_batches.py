@@ -1,0 +1,136 @@
+"""Batches whose order and augmentation are pure functions of (seed, epoch, batch index), so that resuming is exact."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastrank import _checks
+from fastrank.data._sets import ImageSet
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a batch: each image moves by up to `shift` pixels a direction (zeros come in), and mirrors."""
+
+    shift: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.integer("shift", self.shift, 0)
+        if not isinstance(self.flip, bool):
+            raise _checks.fail_type("flip", "a bool", self.flip)
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (N, C, H, W) of any dtype, each moved and mirrored by its own draws from a CPU generator."""
+        count, _, height, width = images.shape
+        if self.shift:
+            offsets = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator).to(images.device)
+            rows = offsets[0] + torch.arange(height, device=images.device)
+            columns = offsets[1] + torch.arange(width, device=images.device)
+            padded = F.pad(images, (self.shift,) * 4).permute(0, 2, 3, 1)
+            image = torch.arange(count, device=images.device)[:, None, None]
+            images = padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        if self.flip:
+            mirrored = torch.randint(0, 2, (count, 1, 1, 1), generator=generator).to(images.device, torch.bool)
+            images = torch.where(mirrored, images.flip(-1), images)
+        return images
+
+
+def batches(
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    start: int = 0,
+    shuffle: bool = False,
+    augment: Augment | None = None,
+    drop_last: bool = False,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Images (B, C, H, W) float32 and labels (B,) int64 of one epoch, from batch `start` on.
+
+    An `ImageSet` is gathered as one tensor on its own device; any other map-style data set of (image, label) goes
+    through a DataLoader with `workers` processes. Batch i is the same whatever `start` and `workers` are: order and
+    augmentation come from (seed, epoch, i), and torch's global generator is seeded from them around each image that
+    is read from disk. Nothing else draws from the global generator. `drop_last` leaves out an incomplete last batch.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise _checks.fail_type("dataset", "a map-style data set with a length", dataset)
+    total = len(dataset)
+    _checks.integer("batch_size", batch_size, 1)
+    _checks.integer("seed", seed, 0)
+    _checks.integer("epoch", epoch, 0)
+    _checks.integer("workers", workers, 0)
+    count = total // batch_size if drop_last else -(-total // batch_size)
+    _checks.integer("start", start, 0, count)
+    order = torch.randperm(total, generator=_generator(seed, epoch)) if shuffle else torch.arange(total)
+    firsts = range(start * batch_size, min(total, count * batch_size), batch_size)
+    indices = [order[first : first + batch_size] for first in firsts]
+    if isinstance(dataset, ImageSet):
+        return _gathered(dataset, indices, augment, seed, epoch, start)
+    return _read(dataset, indices, augment, seed, epoch, start, workers)
+
+
+def _gathered(
+    dataset: ImageSet, indices: list[Tensor], augment: Augment | None, seed: int, epoch: int, start: int
+) -> Iterator[Batch]:
+    for position, rows in enumerate(indices, start):
+        rows = rows.to(dataset.pixels.device)
+        pixels = dataset.pixels[rows]
+        if augment is not None:
+            pixels = augment(pixels, _generator(seed, epoch, position))
+        yield dataset.normalise(pixels), dataset.labels[rows]
+
+
+def _read(
+    dataset: Dataset[Any],
+    indices: list[Tensor],
+    augment: Augment | None,
+    seed: int,
+    epoch: int,
+    start: int,
+    workers: int,
+) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        _Seeded(dataset, seed, epoch),
+        batch_sampler=[rows.tolist() for rows in indices],
+        num_workers=workers,
+        generator=torch.Generator(),  # its own, because a DataLoader otherwise draws from the global one
+    )
+    for position, (images, labels) in enumerate(loader, start):
+        yield images if augment is None else augment(images, _generator(seed, epoch, position)), labels
+
+
+class _Seeded(Dataset[Any]):
+    """A data set whose random transforms depend on (seed, epoch, index) alone, in whichever process they run."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int, epoch: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __getitem__(self, index: int) -> Any:
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(_number(self.seed, self.epoch, index))
+        try:
+            return self.dataset[index]
+        finally:
+            torch.set_rng_state(state)
+
+
+def _number(*parts: int) -> int:
+    """63 bits that differ for every tuple of ints; unlike a sum, (0, 1) and (1, 0) are strangers."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _generator(*parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_number(*parts))

@@ -1,0 +1,54 @@
+"""Two-layer factorisations of a kernel by one truncated SVD (TRP's three schemes)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastrank import _checks, ops
+from fastrank.decompose.unfold import unfold
+
+
+def channel_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A kernel (O, I, kh, kw) as kh×kw (I→R) then 1×1 (R→O): first (R, I, kh, kw), second (O, R, 1, 1), √S on both.
+
+    rank: between 1 and min(O, I·kh·kw), at which the product is exact. Raises ValueError on other ranks, NaN and Inf.
+    """
+    matrix = unfold(weight, "channel")
+    _checks.integer("rank", rank, 1, min(matrix.shape))
+    ((u, s, vh),) = ops.svd([matrix.detach()])
+    root = s[:rank].sqrt()
+    first = (root[:, None] * vh[:rank]).reshape(rank, *weight.shape[1:])
+    second = (u[:, :rank] * root)[:, :, None, None]
+    return first.to(weight.dtype), second.to(weight.dtype)
+
+
+def spatial_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A kernel (O, I, kh, kw) as kh×1 (I→R) then 1×kw (R→O): vertical (R, I, kh, 1), horizontal (O, R, 1, kw).
+
+    All of S is in the second. rank: between 1 and min(I·kh, O·kw), at which the product is exact. Raises as `channel_svd`.
+    """
+    matrix = unfold(weight, "spatial")
+    _checks.integer("rank", rank, 1, min(matrix.shape))
+    out_channels, in_channels, kh, kw = weight.shape
+    ((u, s, vh),) = ops.svd([matrix.detach()])
+    vertical = u[:, :rank].T.reshape(rank, in_channels, kh, 1)
+    horizontal = (s[:rank, None] * vh[:rank]).reshape(rank, out_channels, 1, kw).transpose(0, 1)
+    return vertical.to(weight.dtype).contiguous(), horizontal.to(weight.dtype).contiguous()
+
+
+def decoupled_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Each filter (I, kh·kw) as R terms pointwise ∘ depthwise: pointwise (R, O, I), depthwise (R, O, kh, kw), √S on both.
+
+    rank: between 1 and min(I, kh·kw), at which the sum is exact. Raises as `channel_svd`.
+    """
+    _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
+    out_channels, in_channels, kh, kw = weight.shape
+    _checks.integer("rank", rank, 1, min(in_channels, kh * kw))
+    factors = ops.svd(list(weight.detach().flatten(2)))
+    pointwise = weight.new_empty(rank, out_channels, in_channels)
+    depthwise = weight.new_empty(rank, out_channels, kh, kw)
+    for o, (u, s, vh) in enumerate(factors):
+        root = s[:rank].sqrt()
+        pointwise[:, o] = (u[:, :rank] * root).T
+        depthwise[:, o] = (root[:, None] * vh[:rank]).reshape(rank, kh, kw)
+    return pointwise, depthwise

@@ -1,0 +1,39 @@
+"""The matrices that a convolution kernel is read as. One place for the index order that every method relies on.
+
+A kernel W is (O, I, kh, kw).
+mode3    I × (O·kh·kw)     Tucker-2's input side
+mode4    O × (I·kh·kw)     Tucker-2's output side
+channel  O × (I·kh·kw)     TRP's channel scheme (the same matrix as mode4)
+spatial  (I·kh) × (O·kw)   TRP's spatial scheme
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastrank import _checks
+
+MATRICIZATIONS = ("mode3", "mode4", "channel", "spatial")
+
+
+def unfold(weight: Tensor, matricization: str) -> Tensor:
+    """The kernel (O, I, kh, kw) as the named matrix."""
+    _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
+    _checks.choice("matricization", matricization, MATRICIZATIONS)
+    out_channels, in_channels, kh, kw = weight.shape
+    if matricization == "mode3":
+        return weight.transpose(0, 1).reshape(in_channels, -1)
+    if matricization == "spatial":
+        return weight.permute(1, 2, 0, 3).reshape(in_channels * kh, out_channels * kw)
+    return weight.reshape(out_channels, -1)
+
+
+def fold(matrix: Tensor, matricization: str, shape: tuple[int, int, int, int]) -> Tensor:
+    """The inverse of `unfold` for a kernel of the given shape (O, I, kh, kw)."""
+    _checks.choice("matricization", matricization, MATRICIZATIONS)
+    out_channels, in_channels, kh, kw = shape
+    if matricization == "mode3":
+        return matrix.reshape(in_channels, out_channels, kh, kw).transpose(0, 1)
+    if matricization == "spatial":
+        return matrix.reshape(in_channels, kh, out_channels, kw).permute(2, 0, 1, 3)
+    return matrix.reshape(shape)

@@ -1,0 +1,6 @@
+"""Networks by name: `build` and the architectures of the published experiments."""
+
+from fastrank.models._build import NAMES, build, default_input_size
+from fastrank.models.rates import parse_rates
+
+__all__ = ["NAMES", "build", "default_input_size", "parse_rates"]

@@ -1,0 +1,159 @@
+"""`SVDConv`: a drop-in for `nn.Conv2d` in one of TRP's three two-layer forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrank import _checks, decompose
+from fastrank._stages import ConvStage
+from fastrank.nn._conv import FactoredConv2d, Pair, RankSum, adopt, geometry_of, init_uniform, require_factorable
+
+SCHEMES = ("channel", "spatial", "decoupled")
+
+
+def max_rank(scheme: str, shape: tuple[int, ...]) -> int:
+    """The rank at which `scheme` is exact for a kernel (O, I, kh, kw)."""
+    out_channels, in_channels, kh, kw = shape
+    return {
+        "channel": min(out_channels, in_channels * kh * kw),
+        "spatial": min(in_channels * kh, out_channels * kw),
+        "decoupled": min(in_channels, kh * kw),
+    }[_checks.choice("scheme", scheme, SCHEMES)]
+
+
+class SVDConv(FactoredConv2d):
+    """A convolution as two, x (N, I, H, W) -> (N, O, H', W'). Parameters first, second and bias (O,) by scheme:
+
+    channel    kh×kw I→R, then 1×1 R→O: first (R, I, kh, kw), second (O, R, 1, 1)
+    spatial    kh×1 I→R, then 1×kw R→O: first (R, I, kh, 1), second (O, R, 1, kw)
+    decoupled  R pointwise→depthwise paths, summed: first (R, O, I), second (R, O, kh, kw)
+
+    The other arguments are those of `nn.Conv2d`; groups is 1. Raises ValueError or TypeError, naming the argument.
+    """
+
+    first: nn.Parameter
+    second: nn.Parameter
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        rank: int,
+        *,
+        scheme: str = "channel",
+        **geometry: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **geometry)
+        kh, kw = self.kernel_size
+        self.scheme = _checks.choice("scheme", scheme, SCHEMES)
+        self.rank = _checks.integer("rank", rank, 1, max_rank(scheme, (out_channels, in_channels, kh, kw)))
+        kind = {"device": geometry.get("device"), "dtype": geometry.get("dtype")}
+        first, second = {
+            "channel": ((rank, in_channels, kh, kw), (out_channels, rank, 1, 1)),
+            "spatial": ((rank, in_channels, kh, 1), (out_channels, rank, 1, kw)),
+            "decoupled": ((rank, out_channels, in_channels), (rank, out_channels, kh, kw)),
+        }[scheme]
+        self.first = nn.Parameter(torch.empty(first, **kind))
+        self.second = nn.Parameter(torch.empty(second, **kind))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the factors anew, for outputs of the variance that `nn.Conv2d`'s default initialisation gives."""
+        kh, kw = self.kernel_size
+        fan_first, fan_second = {
+            "channel": (self.in_channels * kh * kw, self.rank),
+            "spatial": (self.in_channels * kh, self.rank * kw),
+            "decoupled": (self.in_channels, self.rank * kh * kw),
+        }[self.scheme]
+        init_uniform(self.first, 1 / fan_first)
+        init_uniform(self.second, 1 / (3 * fan_second))
+        self._init_bias()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, I, H, W) -> (N, O, H', W'), or the same without N."""
+        z, (pad_h, pad_w) = self._padded(self._batched(x))
+        (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
+        if self.scheme == "channel":
+            z = F.conv2d(z, self.first, None, self.stride, (pad_h, pad_w), self.dilation)
+            z = F.conv2d(z, self.second, self.bias)
+        elif self.scheme == "spatial":
+            z = F.conv2d(z, self.first, None, (stride_h, 1), (pad_h, 0), (dilation_h, 1))
+            z = F.conv2d(z, self.second, self.bias, (1, stride_w), (0, pad_w), (1, dilation_w))
+        else:
+            groups = self.rank * self.out_channels
+            z = F.conv2d(z, self.first.flatten(0, 1)[:, :, None, None])
+            depthwise = self.second.flatten(0, 1)[:, None]
+            z = F.conv2d(z, depthwise, None, self.stride, (pad_h, pad_w), self.dilation, groups)
+            z = z.unflatten(1, (self.rank, self.out_channels)).sum(1)
+            z = z if self.bias is None else z + self.bias[:, None, None]
+        return z if x.dim() == 4 else z[0]
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, rank: int, scheme: str = "channel") -> SVDConv:
+        """The best rank-R form of `conv` in the given scheme, exact at `max_rank`.
+
+        Carries what `FusedTucker2Conv.from_conv` carries and refuses the same layers.
+        """
+        conv = require_factorable(conv)
+        split = {
+            "channel": decompose.channel_svd,
+            "spatial": decompose.spatial_svd,
+            "decoupled": decompose.decoupled_svd,
+        }[_checks.choice("scheme", scheme, SCHEMES)]
+        first, second = split(conv.weight, rank)
+        size = (conv.kernel_size[0], conv.kernel_size[1])
+        layer = cls(conv.in_channels, conv.out_channels, size, rank, scheme=scheme, **geometry_of(conv))
+        return adopt(layer, conv, first=first, second=second)
+
+    def to_dense(self) -> nn.Conv2d:
+        """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
+        equation = {"channel": "riyx,orab->oiyx", "spatial": "riya,orbx->oiyx", "decoupled": "roi,royx->oiyx"}
+        return self._plain(torch.einsum(equation[self.scheme], self.first, self.second), bias=self.bias is not None)
+
+    def to_sequential(self) -> nn.Sequential:
+        """The same as plain modules, for export and comparison."""
+        has_bias = self.bias is not None
+        if self.scheme == "channel":
+            return nn.Sequential(self._plain(self.first), self._plain(self.second, where="none", bias=has_bias))
+        if self.scheme == "spatial":
+            return nn.Sequential(
+                self._plain(self.first, where="vertical"), self._plain(self.second, where="horizontal", bias=has_bias)
+            )
+        return nn.Sequential(
+            self._plain(self.first.flatten(0, 1)[:, :, None, None], where="none"),
+            self._plain(self.second.flatten(0, 1)[:, None], groups=self.rank * self.out_channels),
+            RankSum(self.rank, self.out_channels, self.bias),
+        )
+
+    def conv_stages(self, in_size: Pair) -> list[ConvStage]:
+        """The two convolutions on an (H, W) map, for counting."""
+        kh, kw = self.kernel_size
+        out, has_bias, rank = self._out_size(in_size), self.bias is not None, self.rank
+        if self.scheme == "channel":
+            return [
+                ConvStage("first", self.in_channels, rank, (kh, kw), 1, False, out),
+                ConvStage("second", rank, self.out_channels, (1, 1), 1, has_bias, out),
+            ]
+        if self.scheme == "spatial":
+            return [
+                ConvStage("first", self.in_channels, rank, (kh, 1), 1, False, (out[0], in_size[1])),
+                ConvStage("second", rank, self.out_channels, (1, kw), 1, has_bias, out),
+            ]
+        groups = rank * self.out_channels
+        return [
+            ConvStage("first", self.in_channels, groups, (1, 1), 1, False, in_size),
+            ConvStage("second", groups, groups, (kh, kw), groups, False, out),
+        ]
+
+    def extra_repr(self) -> str:
+        """What `nn.Conv2d` shows, and the ranks."""
+        return f"{super().extra_repr()}, rank={self.rank}, scheme={self.scheme!r}"
+
+    def config(self) -> dict[str, Any]:
+        """See `FactoredConv2d.config`."""
+        return {**super().config(), "rank": self.rank, "scheme": self.scheme}

@@ -1,0 +1,57 @@
+"""The truth of the matrix operators: true singular value decompositions, one matrix after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def working(matrix: Tensor) -> Tensor:
+    """`matrix` in a dtype that LAPACK and cuSOLVER have: half precisions in float32."""
+    return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of an (m, n) matrix: U (m, r), S (r,) descending, Vh (r, n), r = min(m, n); halves in float32."""
+    u, s, vh = torch.linalg.svd(working(matrix.detach()), full_matrices=False)
+    return u, s, vh
+
+
+def energy_rank(singular_values: Tensor, energy: float) -> Tensor:
+    """Smallest k with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i², in [1, n], as a 0-d int64 tensor; σ descending, computed in float64.
+
+    The sum is exactly the last partial sum, so energy = 1 keeps every value that still changes it.
+    """
+    partial = singular_values.double().square().cumsum(0)
+    below = (partial < energy * partial[-1:]).sum()
+    return (below + 1).clamp(max=max(singular_values.numel(), 1))
+
+
+def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """How many σ stand above rounding noise, eps · max(m, n) · σ_max, as a 0-d int64 tensor (0 for a zero matrix)."""
+    cut = torch.finfo(singular_values.dtype).eps * max(shape) * singular_values[:1]
+    return (singular_values > cut).sum()
+
+
+def nuclear_norm(matrix: Tensor) -> Tensor:
+    """Σ σ_i as a 0-d tensor."""
+    return torch.linalg.svdvals(working(matrix.detach())).sum()
+
+
+def nuclear_subgradient(matrix: Tensor, energy: float | None) -> Tensor:
+    """U_k V_kᵀ with k from the energy rule (None: the numerical rank); zero for a zero matrix."""
+    u, s, vh = svd(matrix)
+    k = numerical_rank(s, (matrix.shape[0], matrix.shape[1]))
+    if energy is not None:
+        k = torch.minimum(k, energy_rank(s, energy))
+    # Masking instead of slicing: k stays on the device.
+    kept = (torch.arange(s.numel(), device=s.device) < k).to(s.dtype)
+    return ((u * kept) @ vh).to(matrix.dtype)
+
+
+def project_energy(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
+    """Best approximation of the rank that the energy rule keeps, and that rank (0-d int64)."""
+    u, s, vh = svd(matrix)
+    k = energy_rank(s, energy)
+    kept = s * (torch.arange(s.numel(), device=s.device) < k)
+    return ((u * kept) @ vh).to(matrix.dtype), k
