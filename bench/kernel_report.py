@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import itertools
 import json
 import os
 import re
@@ -137,22 +138,25 @@ def triton_rows(archs: list[str], folder: Path) -> list[Row]:
     from fastrank import _native
 
     rows = []
-    for path in kernel_files():
-        for jit, elements, others, constants in _native.triton_kernels(path.stem).KERNELS:
-            for dtype in DTYPES if elements else DTYPES[:1]:
-                types = {**dict.fromkeys(elements, f"*{dtype}"), **others}
-                signature = {name: types.get(name, "constexpr") for name in jit.arg_names}
-                # The launcher's tensors are 16-byte aligned; without the attribute nothing would be vectorised.
-                attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
-                for constant in constants:
-                    constant = dict(constant)
-                    options = {key: constant.pop(key) for key in ("num_warps", "num_stages") if key in constant}
-                    source = ASTSource(jit, signature, {(jit.arg_names.index(k),): v for k, v in constant.items()}, attrs)
-                    for arch in archs:
-                        target = GPUTarget("cuda", int(re.sub(r"\D", "", arch)), 32)
-                        compiled = triton.compile(source, target=target, options=options)
-                        variant = ", ".join([dtype, *(f"{k}={v}" for k, v in {**constant, **options}.items())])
-                        rows.append(triton_row(compiled, jit.__name__, variant, arch, folder))
+    for jit, elements, others, constants, multiples in (
+        entry for path in kernel_files() for entry in _native.triton_kernels(path.stem).KERNELS
+    ):
+        for dtype, constant, whole in itertools.product(DTYPES if elements else DTYPES[:1], constants, (True, False)):
+            if not whole and (dtype != "fp32" or not multiples):
+                continue  # that odd sizes cost no spills is shown in the widest dtype
+            constexprs = {k: v for k, v in constant.items() if k in jit.arg_names}
+            options = {k: v for k, v in constant.items() if k not in jit.arg_names}
+            types = {**dict.fromkeys(elements, f"*{dtype}"), **others}
+            signature = {name: types.get(name, "constexpr") for name in jit.arg_names}
+            # What the launcher would find out: torch's tensors are 16-byte aligned. Without it nothing is vectorised.
+            divisible = {name for name, t in signature.items() if t.startswith("*")} | set(multiples if whole else ())
+            attrs = {(jit.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+            source = ASTSource(jit, signature, {(jit.arg_names.index(k),): v for k, v in constexprs.items()}, attrs)
+            variant = ", ".join([dtype, *(f"{k}={int(v)}" for k, v in constant.items())]) + ("" if whole else ", odd size")
+            for arch in archs:
+                target = GPUTarget("cuda", int(re.sub(r"\D", "", arch)), 32)
+                compiled = triton.compile(source, target=target, options=options)
+                rows.append(triton_row(compiled, jit.__name__, variant, arch, folder))
     return rows
 
 
@@ -240,7 +244,7 @@ def show(rows: list[Row]) -> None:
         for line in lines:
             table.add_row(*line)
         console = rich_console.Console()
-        rich_console.Console(width=None if console.is_terminal else 140).print(table)
+        (console if console.is_terminal else rich_console.Console(width=160)).print(table)
         return
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
     for line in (heads, *lines):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 # The smallest normal float32: a slice whose sum of squares is below it counts as zero.
 SMALLEST_NORMAL = tl.constexpr(1.17549435e-38)
-FUNNEL_BLOCK = 4096
+FUNNEL_BLOCK = 2048
 FINISH_BLOCK = 1024
-MAX_COLUMNS = 4096
-TILE = 4096
+MIN_COLUMNS, MAX_COLUMNS = 64, 4096
+TILE = 2048
 
 
 @triton.jit
@@ -129,9 +129,9 @@ def funnel_backward_kernel(grad, gates, grads, size, c, scale, BLOCK: tl.constex
 
 def tile(row_size: int) -> dict[str, int | bool]:
     """The tile that serves slices of `row_size` elements: about TILE elements a program, one slice at least."""
-    columns = min(triton.next_power_of_2(row_size), MAX_COLUMNS)
-    columns = max(columns, 32)
-    return {"ROWS": min(TILE // columns, 32), "COLUMNS": columns, "ONE_TILE": row_size <= columns}
+    columns = min(max(triton.next_power_of_2(row_size), MIN_COLUMNS), MAX_COLUMNS)
+    rows = max(TILE // columns, 1)
+    return {"ROWS": rows, "COLUMNS": columns, "ONE_TILE": row_size <= columns, "num_warps": 4 if columns <= TILE else 8}
 
 
 def gated_factor(direction: Tensor, gate: Tensor, out: Tensor) -> None:
@@ -168,28 +168,18 @@ def funnel_penalty_backward(grad: Tensor, gates: list[Tensor], c: float, normali
         funnel_backward_kernel[grid](grad, gate, target, gate.numel(), c, scale, BLOCK=FUNNEL_BLOCK)
 
 
-# What the launchers can launch, for offline compilation: kernel, pointer arguments that hold elements of the tensors'
-# dtype, other arguments, and every set of constants.
-_TILES = [tile(size) for size in (1, 64, 128, 256, 512, 1024, 2048, 4096, 4608)]
+# What the launchers can launch, for offline compilation: kernel, pointers to elements of the tensors' dtype, other
+# arguments, the sets of constants, and the integers that are often multiples of 16 (compiled both ways).
+_TILES = [tile(size) for size in (64, 128, 256, 512, 1024, 2048, 4096, 4097)]
+_SIZES = {"rows": "i32", "row_size": "i32"}
+_BACKWARD = ("grad", "direction", "gate", "grad_direction", "grad_gate")
+_SUM = {"partials": "*fp32", "size": "i32", "c": "fp32"}
+_FINISH = {"partials": "*fp32", "out": "*fp32", "count": "i32", "scale": "fp32"}
+_SLOPE = {"grad": "*fp32", "size": "i32", "c": "fp32", "scale": "fp32"}
 KERNELS = [
-    (gated_factor_kernel, ("direction", "gate", "out"), {"rows": "i32", "row_size": "i32"}, _TILES),
-    (
-        gated_factor_backward_kernel,
-        ("grad", "direction", "gate", "grad_direction", "grad_gate"),
-        {"rows": "i32", "row_size": "i32"},
-        _TILES,
-    ),
-    (funnel_partials_kernel, ("gates",), {"partials": "*fp32", "size": "i32", "c": "fp32"}, [{"BLOCK": FUNNEL_BLOCK}]),
-    (
-        funnel_finish_kernel,
-        (),
-        {"partials": "*fp32", "out": "*fp32", "count": "i32", "scale": "fp32"},
-        [{"BLOCK": FINISH_BLOCK}],
-    ),
-    (
-        funnel_backward_kernel,
-        ("gates", "grads"),
-        {"grad": "*fp32", "size": "i32", "c": "fp32", "scale": "fp32"},
-        [{"BLOCK": FUNNEL_BLOCK}],
-    ),
+    (gated_factor_kernel, ("direction", "gate", "out"), _SIZES, _TILES, ("row_size",)),
+    (gated_factor_backward_kernel, _BACKWARD, _SIZES, _TILES, ("row_size",)),
+    (funnel_partials_kernel, ("gates",), _SUM, [{"BLOCK": FUNNEL_BLOCK}], ("size",)),
+    (funnel_finish_kernel, (), _FINISH, [{"BLOCK": FINISH_BLOCK}], ()),
+    (funnel_backward_kernel, ("gates", "grads"), _SLOPE, [{"BLOCK": FUNNEL_BLOCK}], ("size",)),
 ]

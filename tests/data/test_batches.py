@@ -51,7 +51,6 @@ def test_resuming_at_any_batch_is_exact_and_draws_nothing(dataset: Dataset[Any])
         assert not _same(list(batches(dataset, 4, **{**options, **other})), whole)
 
 
-@pytest.mark.slow
 def test_workers_read_the_same_batches() -> None:
     options: dict[str, Any] = {"seed": 1, "epoch": 1, "shuffle": True, "augment": Augment(shift=1)}
     assert _same(list(batches(_Noisy(), 3, workers=2, **options)), list(batches(_Noisy(), 3, **options)))
