@@ -1,4 +1,4 @@
-"""Resources of every GPU kernel, compiled offline: registers, spills, shared and local memory, tensor-core instructions.
+"""Resources of every GPU kernel, compiled offline: registers, spills, shared and local memory, tensor-core use.
 
     python bench/kernel_report.py [--arch sm_80,sm_90a] [--json]
 
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +71,9 @@ def tensor_instructions(cubin: Path) -> dict[str, tuple[int, int]]:
     if not cuobjdump:
         return {}
     path = os.pathsep.join((str(Path(cuobjdump).parent), os.environ.get("PATH", "")))
-    dump = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    dump = subprocess.run(
+        [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
     parts = re.split(r"Function : (\S+)", dump.stdout)
     return {
         name: (len(re.findall(r"\bHMMA\b", code)), len(re.findall(r"\bHGMMA\b", code)))
@@ -81,7 +84,9 @@ def tensor_instructions(cubin: Path) -> dict[str, tuple[int, int]]:
 def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
     """Registers, spilled, local and static shared bytes of each entry function, from `ptxas -v`."""
     found: dict[str, dict[str, int]] = {}
-    for name, text in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL):
+    for name, text in re.findall(
+        r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
+    ):
 
         def number(pattern: str, text: str = text) -> int:
             return sum(int(n) for n in re.findall(pattern, text))
@@ -112,7 +117,17 @@ def cuda_rows(nvcc: str, archs: list[str], folder: Path) -> list[Row]:
     for source in sorted((ROOT / "csrc").glob("*/*.cu")):
         for arch in archs:
             cubin = folder / f"{source.stem}_{arch}.cubin"
-            command = [nvcc, "-cubin", f"-arch={arch}", "-O3", "-Xptxas=-v", f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)]
+            command = [
+                nvcc,
+                "-cubin",
+                f"-arch={arch}",
+                "-O3",
+                "-Xptxas=-v",
+                f"-I{ROOT / 'csrc'}",
+                str(source),
+                "-o",
+                str(cubin),
+            ]
             running.append((arch, cubin, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
     rows = []
     for arch, cubin, process in running:
@@ -137,7 +152,8 @@ def triton_rows(archs: list[str], folder: Path) -> list[Row]:
 
     from fastrank import _native
 
-    rows = []
+    pending: list[Future[Row]] = []
+    pool = ThreadPoolExecutor(os.cpu_count())  # for the assembler, which is a process of its own
     for jit, elements, others, constants, multiples in (
         entry for path in kernel_files() for entry in _native.triton_kernels(path.stem).KERNELS
     ):
@@ -152,16 +168,22 @@ def triton_rows(archs: list[str], folder: Path) -> list[Row]:
             divisible = {name for name, t in signature.items() if t.startswith("*")} | set(multiples if whole else ())
             attrs = {(jit.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
             source = ASTSource(jit, signature, {(jit.arg_names.index(k),): v for k, v in constexprs.items()}, attrs)
-            variant = ", ".join([dtype, *(f"{k}={int(v)}" for k, v in constant.items())]) + ("" if whole else ", odd size")
+            variant = ", ".join([dtype, *(f"{k}={int(v)}" for k, v in constant.items())]) + (
+                "" if whole else ", odd size"
+            )
             for arch in archs:
                 target = GPUTarget("cuda", int(re.sub(r"\D", "", arch)), 32)
                 compiled = triton.compile(source, target=target, options=options)
-                rows.append(triton_row(compiled, jit.__name__, variant, arch, folder))
-    return rows
+                pending.append(
+                    pool.submit(triton_row, compiled, jit.__name__, variant, arch, folder / str(len(pending)))
+                )
+    with pool:
+        return [future.result() for future in pending]
 
 
 def triton_row(compiled: object, kernel: str, variant: str, arch: str, folder: Path) -> Row:
     """Assemble once more, verbosely: triton keeps the machine code but not what ptxas said."""
+    folder.mkdir()
     ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
     ptx.write_text(compiled.asm["ptx"])  # type: ignore[attr-defined]
     target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
@@ -179,14 +201,14 @@ def kernel_files() -> list[Path]:
 
 
 def kernels_in_source() -> dict[str, set[str]]:
-    """The names of all kernels: @triton.jit functions named *_kernel (others are helpers) and __global__ functions."""
+    """The names of all kernels: @triton.jit functions (a leading underscore marks a helper) and __global__ ones."""
     triton_names = set()
     for path in kernel_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
-                inside = any(isinstance(n, ast.Attribute) and n.attr == "program_id" for n in ast.walk(node))
-                if inside:
-                    triton_names.add(node.name)
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                triton_names.add(node.name)
     cuda_names = set()
     for path in (ROOT / "csrc").rglob("*.cu*"):
         code = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
-// The pybind11 module fastrank._host: what this build is, the launch plans, and the kernels compiled for the host.
-// It needs no torch: tensors come as addresses of float32 memory that the caller keeps alive.
+// The pybind11 module fastrank._host: what this build is, the launch plans, and the kernels compiled for the
+// host. It needs no torch: tensors come as addresses of float32 memory that the caller keeps alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -53,14 +53,16 @@ py::dict gated_plan(int64_t rows, int64_t row_size, int bytes, bool aligned, int
   return out;
 }
 
-void gated_factor(std::uintptr_t direction, std::uintptr_t gate, std::uintptr_t out, int64_t rows, int64_t row_size) {
+void gated_factor(std::uintptr_t direction, std::uintptr_t gate, std::uintptr_t out, int64_t rows,
+                  int64_t row_size) {
   gates::gated_factor(floats(direction), floats(gate), floats(out), rows, row_size, DType::kFloat32, nullptr);
 }
 
 void gated_factor_backward(std::uintptr_t grad, std::uintptr_t direction, std::uintptr_t gate,
-                           std::uintptr_t grad_direction, std::uintptr_t grad_gate, int64_t rows, int64_t row_size) {
-  gates::gated_factor_backward(floats(grad), floats(direction), floats(gate), floats(grad_direction), floats(grad_gate),
-                               rows, row_size, DType::kFloat32, nullptr);
+                           std::uintptr_t grad_direction, std::uintptr_t grad_gate, int64_t rows,
+                           int64_t row_size) {
+  gates::gated_factor_backward(floats(grad), floats(direction), floats(gate), floats(grad_direction),
+                               floats(grad_gate), rows, row_size, DType::kFloat32, nullptr);
 }
 
 void funnel_penalty(const std::vector<std::uintptr_t>& gates, const std::vector<int64_t>& sizes, float c,
@@ -72,13 +74,14 @@ void funnel_penalty(const std::vector<std::uintptr_t>& gates, const std::vector<
 }
 
 void funnel_penalty_backward(std::uintptr_t grad, const std::vector<std::uintptr_t>& gates,
-                             const std::vector<std::uintptr_t>& grads, const std::vector<int64_t>& sizes, float c,
-                             bool normalized) {
+                             const std::vector<std::uintptr_t>& grads, const std::vector<int64_t>& sizes,
+                             float c, bool normalized) {
   check_lengths(sizes.size(), gates.size());
   check_lengths(sizes.size(), grads.size());
   const std::vector<void*> table = pointers(gates), targets = pointers(grads);
   gates::funnel_penalty_backward(floats(grad), table.data(), targets.data(), sizes.data(),
-                                 static_cast<int>(sizes.size()), c, normalized ? c : 1.0f, DType::kFloat32, nullptr);
+                                 static_cast<int>(sizes.size()), c, normalized ? c : 1.0f, DType::kFloat32,
+                                 nullptr);
 }
 
 }  // namespace

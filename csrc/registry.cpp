@@ -2,18 +2,24 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastrank, m) {
-  // The operators that appear in graphs. Implemented in Python, which chooses the backend; word for word the schemas
-  // of fastrank/ops (a test compares them).
+  // The operators that appear in graphs. Implemented in Python, which chooses the backend; word for word the
+  // schemas of fastrank/ops (a test compares them).
   m.def(
       "tucker2_conv2d(Tensor x, Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, str backend) -> Tensor");
+  m.def(
+      "cp_conv2d(Tensor x, Tensor pointwise, Tensor vertical, Tensor horizontal, Tensor? bias, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str backend) -> Tensor");
+  m.def("nuclear_norm(Tensor[] matrices, str backend) -> Tensor");
+  m.def("nuclear_subgradient(Tensor[] matrices, float? energy, str backend) -> Tensor[]");
   m.def("gated_factor(Tensor direction, Tensor gate, str backend) -> Tensor");
   m.def(
       "gated_factor_backward(Tensor grad, Tensor direction, Tensor gate, str backend) -> "
       "(Tensor grad_direction, Tensor grad_gate)");
   m.def("funnel_penalty(Tensor[] gates, float c, bool normalized, str backend) -> Tensor");
   m.def(
-      "funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, str backend) -> Tensor[]");
+      "funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, str backend) -> "
+      "Tensor[]");
 
   // The CUDA kernels behind them, over outputs that the caller allocates. Implemented in fastrank._C_cuda.
   m.def("launch_gated_factor(Tensor direction, Tensor gate, Tensor(a!) out) -> ()");
@@ -21,7 +27,8 @@ STABLE_TORCH_LIBRARY(fastrank, m) {
       "launch_gated_factor_backward(Tensor grad, Tensor direction, Tensor gate, Tensor(a!) grad_direction, "
       "Tensor(b!) grad_gate) -> ()");
   m.def(
-      "launch_funnel_penalty(Tensor[] gates, float c, bool normalized, Tensor(a!) partials, Tensor(b!) out) -> ()");
+      "launch_funnel_penalty(Tensor[] gates, float c, bool normalized, Tensor(a!) partials, Tensor(b!) out) "
+      "-> ()");
   m.def(
       "launch_funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, "
       "Tensor(a!)[] grads) -> ()");

@@ -1,8 +1,9 @@
 """fastrank: low-rank compression of CNNs that is fast where it is slow."""
 
-from fastrank import complexity, decompose, methods, models, nn, ops, ranks, regularize
+from fastrank import complexity, data, decompose, latency, methods, models, nn, ops, ranks, regularize, train
 from fastrank._version import __version__
 from fastrank.convert import compress
+from fastrank.io import load, save
 from fastrank.methods import make_plan
 from fastrank.plan import LayerPlan, Plan
 
@@ -12,7 +13,10 @@ __all__ = [
     "__version__",
     "complexity",
     "compress",
+    "data",
     "decompose",
+    "latency",
+    "load",
     "make_plan",
     "methods",
     "models",
@@ -20,4 +24,6 @@ __all__ = [
     "ops",
     "ranks",
     "regularize",
+    "save",
+    "train",
 ]

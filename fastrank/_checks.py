@@ -43,6 +43,13 @@ def tensor(name: str, value: Any, shape: Sequence[int | None] | None = None, let
     return value
 
 
+def filled(name: str, value: Tensor, letters: str) -> Tensor:
+    """`value`, with no size of 0."""
+    if value.numel() == 0:
+        raise fail(name, f"of sizes {letters} of at least 1", tuple(value.shape))
+    return value
+
+
 def same_kind(**tensors: Tensor | None) -> None:
     """All tensors given (None is left out) share one device and one dtype."""
     first_name, first = next((name, value) for name, value in tensors.items() if value is not None)
@@ -113,7 +120,9 @@ def conv_output_size(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int]:
-    """Spatial size of a convolution's output; refuses a kernel that does not fit into the padded map."""
+    """Spatial size of a convolution's output; refuses an empty map, and a kernel that does not fit into the padded map."""
+    if min(size) < 1:
+        raise fail("x", "a map of at least 1×1", f"{size[0]}×{size[1]}")
     out = []
     for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
         reach = d * (k - 1) + 1

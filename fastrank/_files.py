@@ -1,11 +1,10 @@
-"""Files that are whole or absent: atomic writes, and tensors as safetensors with a checksum."""
+"""Tensors as safetensors files with a checksum, written atomically."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,43 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastrank import _checks
+from fastrank._atomic import write_atomically
 
 CHECKSUM = "sha256"
 """The metadata key that `save_tensors` writes and `load_tensors` takes out again."""
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace the file at `path` by `data`: whoever reads, or crashes, at any moment finds the old file or the new one.
-
-    The bytes go to a hidden temporary file beside `path`, reach the disk, and take its name. A failure removes the
-    temporary file; a killed process may leave one behind, see `remove_leftovers`. Raises OSError.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without it
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Delete the temporary files that killed writers of `path` left; only where no one else is writing to it."""
-    path = Path(path)
-    leading = f".{path.name}."
-    for entry in os.scandir(path.parent):  # not glob: a name may hold brackets
-        if entry.name.startswith(leading) and entry.name.endswith(".tmp"):
-            Path(entry.path).unlink(missing_ok=True)
 
 
 def save_tensors(

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ def load(name: str) -> bool:
     return not why_missing(name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def why_missing(name: str) -> str:
     """Empty where the compiled part is loaded, else one sentence for `fastrank env` and error messages."""
     if name not in PARTS:
@@ -42,7 +42,7 @@ def why_missing(name: str) -> str:
         if name == "_host":
             importlib.import_module(f"fastrank.{name}")
         else:
-            torch.ops.load_library(found[0])
+            torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]
     except (ImportError, OSError, RuntimeError) as error:
         return f"fastrank.{name} could not be loaded: {str(error).splitlines()[0]}"
     return ""
@@ -55,7 +55,7 @@ def host() -> Any:
     return importlib.import_module("fastrank._host")
 
 
-@lru_cache(maxsize=None)
+@cache
 def build_info() -> dict[str, Any]:
     """What the build recorded: missing ({part: reason}), nvcc, archs (built for), torch (built against), compiler."""
     record = _PACKAGE / "_build_info.json"
@@ -73,7 +73,9 @@ def triton_kernels(family: str) -> ModuleType:
     package = "fastrank.triton_kernels"
     if package not in sys.modules and importlib.util.find_spec(package) is None:
         folder = _PACKAGE.parent / "triton_kernels"
-        spec = importlib.util.spec_from_file_location(package, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
         if spec is None or spec.loader is None:
             raise ImportError(f"the Triton kernels are neither installed nor in {folder}")
         module = importlib.util.module_from_spec(spec)

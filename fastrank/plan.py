@@ -128,7 +128,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
-        from fastrank._files import write_atomically
+        from fastrank._atomic import write_atomically
 
         write_atomically(path, self.to_json().encode())
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastrank import _files
+from fastrank import _atomic, _files
 
 
 def _sample() -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for data in (b"old", b"", b"new" * 10_000):
-        _files.write_atomically(path, data)
+        _atomic.write_atomically(path, data)
         assert path.read_bytes() == data
     assert os.listdir(tmp_path) == ["file"]
     umask = os.umask(0)
@@ -51,16 +51,34 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
+def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(number: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else f"{os.fstat(number).st_size} bytes")
+        fsync(number)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        calls.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    _atomic.write_atomically(tmp_path / "file", b"12345")
+    assert calls == ["5 bytes", "name", "folder"]
+
+
 def test_failed_write_keeps_the_old_file_and_removes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    _files.write_atomically(path, b"old")
+    _atomic.write_atomically(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        _files.write_atomically(path, b"new")
+        _atomic.write_atomically(path, b"new")
     assert os.listdir(tmp_path) == ["file"]
     assert path.read_bytes() == b"old"
 
@@ -68,7 +86,7 @@ def test_failed_write_keeps_the_old_file_and_removes_its_own(tmp_path: Path, mon
 def test_remove_leftovers_takes_only_this_files_temporaries(tmp_path: Path) -> None:
     for name in (".a[1].0123.tmp", ".b.0123.tmp", "a[1]", ".a[1].keep"):
         (tmp_path / name).touch()
-    _files.remove_leftovers(tmp_path / "a[1]")
+    _atomic.remove_leftovers(tmp_path / "a[1]")
     assert sorted(os.listdir(tmp_path)) == [".a[1].keep", ".b.0123.tmp", "a[1]"]
 
 

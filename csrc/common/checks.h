@@ -20,7 +20,8 @@ inline void check(bool ok, const char* name, const char* expected) {
 
 // `t` is a CUDA tensor on the device of `like`, of its dtype and element count.
 inline void check_like(const Tensor& t, const Tensor& like, const char* name) {
-  check(t.is_cuda() && t.get_device_index() == like.get_device_index(), name, "on the CUDA device of the first tensor");
+  check(t.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+        "on the CUDA device of the first tensor");
   check(t.scalar_type() == like.scalar_type(), name, "of the dtype of the first tensor");
   check(t.numel() == like.numel(), name, "of the size of the first tensor");
 }

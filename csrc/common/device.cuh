@@ -13,7 +13,7 @@
 #include <cuda_runtime.h>
 
 // Declares `type* name`, the block's dynamic shared memory.
-#define FASTRANK_SHARED(type, name)                              \
+#define FASTRANK_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char fastrank_shared[]; \
   type* name = reinterpret_cast<type*>(fastrank_shared)
 
@@ -21,7 +21,8 @@
 
 #include "common/host_shim.h"
 
-#define FASTRANK_SHARED(type, name) type* name = reinterpret_cast<type*>(fastrank::host::block().shared.data())
+#define FASTRANK_SHARED(type, name) \
+  type* name = reinterpret_cast<type*>(fastrank::host::block().shared.data())
 
 #endif
 

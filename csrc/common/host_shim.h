@@ -1,9 +1,10 @@
 // Runs CUDA kernel source on the host: one fiber a thread, one block after the other.
 //
-// A fiber runs until it meets a barrier or a shuffle, then the next one runs, always in thread order: results are
-// deterministic, and a barrier that part of a block skips is an error instead of a hang. Shared memory is filled
-// with NaN bytes before each block, so that a read before the first write shows. Slow on purpose: it exists so that
-// tests run the GPU source on machines without a GPU.
+// A fiber runs until it meets a barrier or a shuffle, then the next one of its warp runs; a warp runs as far
+// as a block barrier before the next warp starts. So results are deterministic, a missing block barrier shows
+// as a wrong result, and a barrier that part of a block skips is an error instead of a hang. Shared memory is
+// filled with NaN bytes before each block, so that a read before the first write shows. Slow on purpose: it
+// exists so that tests run the GPU source on machines without a GPU.
 #pragma once
 
 #include <ucontext.h>
@@ -16,6 +17,7 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 struct dim3 {
@@ -50,7 +52,8 @@ struct Fiber {
 struct Block {
   ucontext_t scheduler;
   std::vector<Fiber> fibers;
-  std::vector<std::uint64_t> slots;  // two a thread: consecutive shuffles alternate, so that one barrier each is enough
+  std::vector<std::uint64_t>
+      slots;  // two a thread: consecutive shuffles alternate, so that one barrier each is enough
   std::vector<unsigned char> shared;
   std::function<void()> body;
   std::exception_ptr error;
@@ -66,6 +69,7 @@ struct Block {
 
  private:
   void start(int thread);
+  bool advance(int first, int last, dim3 shape);
   bool release(int first, int last, State barrier, const char* name);
 };
 
@@ -104,11 +108,27 @@ inline bool Block::release(int first, int last, State barrier, const char* name)
   }
   if (waiting == 0) return false;
   if (waiting + done == last - first && done > 0) {
-    throw std::runtime_error(std::string("part of the threads left the kernel before a ") + name + " barrier");
+    throw std::runtime_error(std::string("part of the threads left the kernel before a ") + name +
+                             " barrier");
   }
   if (waiting != last - first) return false;
   for (int t = first; t < last; ++t) fibers[t].state = State::kReady;
   return true;
+}
+
+// Runs each ready thread in [first, last) up to its next barrier; whether there was any.
+inline bool Block::advance(int first, int last, dim3 shape) {
+  bool any = false;
+  for (int t = first; t < last; ++t) {
+    if (fibers[t].state != State::kReady) continue;
+    any = true;
+    current = t;
+    const unsigned u = static_cast<unsigned>(t);
+    threadIdx = dim3(u % shape.x, u / shape.x % shape.y, u / (shape.x * shape.y));
+    swapcontext(&scheduler, &fibers[t].context);
+    if (error) std::rethrow_exception(error);
+  }
+  return any;
 }
 
 inline void Block::run(dim3 shape, std::size_t shared_bytes) {
@@ -119,30 +139,23 @@ inline void Block::run(dim3 shape, std::size_t shared_bytes) {
   shared.assign(shared_bytes, 0xFF);
   error = nullptr;
   for (int t = 0; t < threads; ++t) start(t);
-  for (;;) {
-    bool progress = false, all_done = true;
-    for (int t = 0; t < threads; ++t) {
-      if (fibers[t].state == State::kReady) {
-        current = t;
-        const unsigned u = static_cast<unsigned>(t);
-        threadIdx = dim3(u % shape.x, u / shape.x % shape.y, u / (shape.x * shape.y));
-        swapcontext(&scheduler, &fibers[t].context);
-        if (error) std::rethrow_exception(error);
-        progress = true;
-      }
-      all_done = all_done && fibers[t].state == State::kDone;
-    }
-    if (all_done) return;
+  for (bool progress = true; progress;) {
+    progress = false;
+    bool all_done = true;
     for (int first = 0; first < threads; first += kWarp) {
       const int last = first + kWarp < threads ? first + kWarp : threads;
-      progress = release(first, last, State::kAtWarpBarrier, "warp") || progress;
+      while (advance(first, last, shape) || release(first, last, State::kAtWarpBarrier, "warp"))
+        progress = true;
+      for (int t = first; t < last; ++t) all_done = all_done && fibers[t].state == State::kDone;
     }
+    if (all_done) return;
     progress = release(0, threads, State::kAtBlockBarrier, "block") || progress;
-    if (!progress) throw std::runtime_error("the threads of a block wait at different barriers");
   }
+  throw std::runtime_error("the threads of a block wait at different barriers");
 }
 
-// The value that thread `source` of this warp passed to the same shuffle; one's own where there is no such thread.
+// The value that thread `source` of this warp passed to the same shuffle; one's own where there is no such
+// thread.
 template <typename T>
 T shuffle(T value, unsigned mask, int source_lane) {
   static_assert(sizeof(T) <= sizeof(std::uint64_t), "a shuffle moves at most eight bytes");
@@ -193,7 +206,8 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  return fastrank::host::shuffle(value, mask, (fastrank::host::block().current % fastrank::host::kWarp) ^ lane_mask);
+  return fastrank::host::shuffle(value, mask,
+                                 (fastrank::host::block().current % fastrank::host::kWarp) ^ lane_mask);
 }
 
 template <typename T>

@@ -6,7 +6,8 @@
 
 namespace fastrank {
 
-// Launch `kernel` with `shared_bytes` of dynamic shared memory; the stream is a cudaStream_t (unused on the host).
+// Launch `kernel` with `shared_bytes` of dynamic shared memory; the stream is a cudaStream_t (unused on the
+// host).
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t shared_bytes, void* stream,
             Arguments... arguments) {
@@ -14,7 +15,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t 
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("a fastrank kernel could not be launched: ") + cudaGetErrorString(status));
+    throw std::runtime_error(std::string("a fastrank kernel could not be launched: ") +
+                             cudaGetErrorString(status));
   }
 #else
   (void)stream;

@@ -8,11 +8,13 @@ namespace fastrank {
 // The sum over a warp, in every lane.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
 
-// The sum over a block of kThreads, in every thread; `scratch` holds kThreads / 32 floats used by nothing else.
+// The sum over a block of kThreads, in every thread; `scratch` holds kThreads / 32 floats used by nothing
+// else.
 template <int kThreads>
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
   constexpr int kWarps = kThreads / kWarpSize;

@@ -25,10 +25,11 @@ void visit_plan(const GatedPlan& plan, Visitor&& visitor) {
   }
 }
 
-// Fill `table` with the non-empty tensors from `next` on; returns the chunks taken and moves `next` past them.
+// Fill `table` with the non-empty tensors from `next` on; returns the chunks taken and moves `next` past
+// them.
 template <typename T>
-int64_t fill_table(FunnelTable<T>& table, const void* const* gates, void* const* grads, const int64_t* sizes, int count,
-                   int& next) {
+int64_t fill_table(FunnelTable<T>& table, const void* const* gates, void* const* grads, const int64_t* sizes,
+                   int count, int& next) {
   int64_t chunks = 0;
   table.count = 0;
   for (; next < count && table.count < kTableTensors; ++next) {
@@ -47,17 +48,18 @@ constexpr std::size_t kSumBytes = kThreads / kWarpSize * sizeof(float);
 
 }  // namespace
 
-void gated_factor(const void* direction, const void* gate, void* out, int64_t rows, int64_t row_size, DType dtype,
-                  void* stream) {
+void gated_factor(const void* direction, const void* gate, void* out, int64_t rows, int64_t row_size,
+                  DType dtype, void* stream) {
   const GatedPlan plan =
       gated_plan(rows, row_size, element_bytes(dtype), aligned(direction) && aligned(out), /*sums=*/1);
   if (plan.blocks == 0) return;
   visit_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     visit_plan<T>(plan, [&](auto pack, auto lanes) {
-      launch(gated_factor_kernel<T, decltype(pack)::value, decltype(lanes)::value>, dim3(grid_size(plan.blocks)),
-             dim3(kThreads), static_cast<std::size_t>(plan.shared_bytes), stream, static_cast<const T*>(direction),
-             static_cast<const T*>(gate), static_cast<T*>(out), rows, row_size);
+      launch(gated_factor_kernel<T, decltype(pack)::value, decltype(lanes)::value>,
+             dim3(grid_size(plan.blocks)), dim3(kThreads), static_cast<std::size_t>(plan.shared_bytes),
+             stream, static_cast<const T*>(direction), static_cast<const T*>(gate), static_cast<T*>(out),
+             rows, row_size);
     });
   });
 }
@@ -71,15 +73,16 @@ void gated_factor_backward(const void* grad, const void* direction, const void* 
     using T = typename decltype(tag)::type;
     visit_plan<T>(plan, [&](auto pack, auto lanes) {
       launch(gated_factor_backward_kernel<T, decltype(pack)::value, decltype(lanes)::value>,
-             dim3(grid_size(plan.blocks)), dim3(kThreads), static_cast<std::size_t>(plan.shared_bytes), stream,
-             static_cast<const T*>(grad), static_cast<const T*>(direction), static_cast<const T*>(gate),
-             static_cast<T*>(grad_direction), static_cast<T*>(grad_gate), rows, row_size);
+             dim3(grid_size(plan.blocks)), dim3(kThreads), static_cast<std::size_t>(plan.shared_bytes),
+             stream, static_cast<const T*>(grad), static_cast<const T*>(direction),
+             static_cast<const T*>(gate), static_cast<T*>(grad_direction), static_cast<T*>(grad_gate), rows,
+             row_size);
     });
   });
 }
 
-void funnel_penalty(const void* const* gates, const int64_t* sizes, int count, float c, float scale, float* partials,
-                    float* out, DType dtype, void* stream) {
+void funnel_penalty(const void* const* gates, const int64_t* sizes, int count, float c, float scale,
+                    float* partials, float* out, DType dtype, void* stream) {
   int64_t done = 0;
   visit_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -92,19 +95,21 @@ void funnel_penalty(const void* const* gates, const int64_t* sizes, int count, f
       done += chunks;
     }
   });
-  launch(funnel_finish_kernel, dim3(1), dim3(kThreads), kSumBytes, stream, static_cast<const float*>(partials), done,
-         scale, out);
+  launch(funnel_finish_kernel, dim3(1), dim3(kThreads), kSumBytes, stream,
+         static_cast<const float*>(partials), done, scale, out);
 }
 
-void funnel_penalty_backward(const float* grad, const void* const* gates, void* const* grads, const int64_t* sizes,
-                             int count, float c, float scale, DType dtype, void* stream) {
+void funnel_penalty_backward(const float* grad, const void* const* gates, void* const* grads,
+                             const int64_t* sizes, int count, float c, float scale, DType dtype,
+                             void* stream) {
   visit_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     FunnelTable<T> table{};
     for (int next = 0; next < count;) {
       const int64_t chunks = fill_table(table, gates, grads, sizes, count, next);
       if (chunks == 0) continue;
-      launch(funnel_backward_kernel<T>, dim3(grid_size(chunks)), dim3(kThreads), 0, stream, table, grad, c, scale);
+      launch(funnel_backward_kernel<T>, dim3(grid_size(chunks)), dim3(kThreads), 0, stream, table, grad, c,
+             scale);
     }
   });
 }

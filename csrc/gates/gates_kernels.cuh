@@ -24,8 +24,8 @@ __device__ __forceinline__ float row_sum(float value, float* scratch) {
 
 template <typename T, int kPack, int kLanes>
 static __global__ void __launch_bounds__(kThreads)
-    gated_factor_kernel(const T* __restrict__ direction, const T* __restrict__ gate, T* __restrict__ out, int64_t rows,
-                        int64_t row_size) {
+    gated_factor_kernel(const T* __restrict__ direction, const T* __restrict__ gate, T* __restrict__ out,
+                        int64_t rows, int64_t row_size) {
   using Pack = fastrank::Pack<T, kPack>;
   FASTRANK_SHARED(float, scratch);
   const int lane = threadIdx.x % kLanes;
@@ -54,9 +54,9 @@ static __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int kPack, int kLanes>
 static __global__ void __launch_bounds__(kThreads)
-    gated_factor_backward_kernel(const T* __restrict__ grad, const T* __restrict__ direction, const T* __restrict__ gate,
-                                 T* __restrict__ grad_direction, T* __restrict__ grad_gate, int64_t rows,
-                                 int64_t row_size) {
+    gated_factor_backward_kernel(const T* __restrict__ grad, const T* __restrict__ direction,
+                                 const T* __restrict__ gate, T* __restrict__ grad_direction,
+                                 T* __restrict__ grad_gate, int64_t rows, int64_t row_size) {
   using Pack = fastrank::Pack<T, kPack>;
   FASTRANK_SHARED(float, scratch);
   const int lane = threadIdx.x % kLanes;
@@ -77,7 +77,8 @@ static __global__ void __launch_bounds__(kThreads)
     }
   }
   const float inverse = inverse_norm(row_sum<kLanes>(squares, scratch));
-  const float along = row_sum<kLanes>(dot, scratch + kThreads / kWarpSize) * inverse;  // <grad, direction / norm>
+  const float along =
+      row_sum<kLanes>(dot, scratch + kThreads / kWarpSize) * inverse;  // <grad, direction / norm>
   if (lane == 0) grad_gate[row] = from_float<T>(along);
   const float scale = to_float(gate[row]) * inverse;
   const float radial = along * inverse;
@@ -93,7 +94,8 @@ static __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The tensors of one launch. Block b takes chunk b - first_chunk[t] of the last tensor t with first_chunk[t] <= b.
+// The tensors of one launch. Block b takes chunk b - first_chunk[t] of the last tensor t with first_chunk[t]
+// <= b.
 template <typename T>
 struct FunnelTable {
   const T* gates[kTableTensors];
@@ -112,7 +114,8 @@ struct Chunk {
 template <typename T>
 __device__ __forceinline__ Chunk own_chunk(const FunnelTable<T>& table) {
   int tensor = 0;
-  while (tensor + 1 < table.count && table.first_chunk[tensor + 1] <= static_cast<int64_t>(blockIdx.x)) ++tensor;
+  while (tensor + 1 < table.count && table.first_chunk[tensor + 1] <= static_cast<int64_t>(blockIdx.x))
+    ++tensor;
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) - table.first_chunk[tensor]) * kChunk;
   const int64_t end = begin + kChunk;
   return {tensor, begin, end < table.sizes[tensor] ? end : table.sizes[tensor]};
@@ -120,7 +123,8 @@ __device__ __forceinline__ Chunk own_chunk(const FunnelTable<T>& table) {
 
 template <typename T>
 static __global__ void __launch_bounds__(kThreads)
-    funnel_partials_kernel(const __grid_constant__ FunnelTable<T> table, float c, float* __restrict__ partials) {
+    funnel_partials_kernel(const __grid_constant__ FunnelTable<T> table, float c,
+                           float* __restrict__ partials) {
   FASTRANK_SHARED(float, scratch);
   const Chunk chunk = own_chunk(table);
   const T* gates = table.gates[chunk.tensor];
@@ -135,7 +139,8 @@ static __global__ void __launch_bounds__(kThreads)
 
 // One block: out[0] = scale * sum of the partial sums.
 static __global__ void __launch_bounds__(kThreads)
-    funnel_finish_kernel(const float* __restrict__ partials, int64_t count, float scale, float* __restrict__ out) {
+    funnel_finish_kernel(const float* __restrict__ partials, int64_t count, float scale,
+                         float* __restrict__ out) {
   FASTRANK_SHARED(float, scratch);
   float sum = 0.0f;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partials[i];
@@ -145,8 +150,8 @@ static __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 static __global__ void __launch_bounds__(kThreads)
-    funnel_backward_kernel(const __grid_constant__ FunnelTable<T> table, const float* __restrict__ grad, float c,
-                           float scale) {
+    funnel_backward_kernel(const __grid_constant__ FunnelTable<T> table, const float* __restrict__ grad,
+                           float c, float scale) {
   const Chunk chunk = own_chunk(table);
   const T* gates = table.gates[chunk.tensor];
   T* grads = table.grads[chunk.tensor];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,19 +40,22 @@ def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200,
     rank: between 1 and kh·kw, at which the sum is exact. Raises ValueError on other ranks, NaN and Inf.
     """
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
+    _checks.filled("weight", weight, "(O, I, kh, kw)")
     _checks.integer("rank", rank, 1, max_rank(tuple(weight.shape)))
     _checks.integer("seed", seed, 0)
     _checks.integer("max_iter", max_iter, 1)
     _checks.number("tol", tol, 0.0)
     _checks.finite("weight", weight.detach())
-    filters = weight.detach().double()
+    # Products of three squares leave float64's range early. A unit whose cube scales the kernel rounds nothing.
+    unit = 2.0 ** max(-340, min(340, math.frexp(float(weight.detach().abs().max()))[1] // 3))
+    filters = weight.detach().double() / unit / unit / unit
     if rank == max_rank(tuple(weight.shape)):
         factors = _one_term_a_pixel(filters)
     else:
         basis, small = _compress(filters)
         a, b, c = _als(small, rank, seed, max_iter, tol)
         factors = torch.einsum("oim,orm->ori", basis, a), b, c
-    return CPFilters(*(factor.transpose(0, 1).to(weight.dtype).contiguous() for factor in _balance(*factors)))
+    return CPFilters(*((factor.transpose(0, 1) * unit).to(weight.dtype).contiguous() for factor in _balance(*factors)))
 
 
 def _compress(filters: Tensor) -> tuple[Tensor, Tensor]:

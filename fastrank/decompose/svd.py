@@ -15,6 +15,7 @@ def channel_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     matrix = unfold(weight, "channel")
     _checks.integer("rank", rank, 1, min(matrix.shape))
+    _checks.finite("weight", weight.detach())
     ((u, s, vh),) = ops.svd([matrix.detach()])
     root = s[:rank].sqrt()
     first = (root[:, None] * vh[:rank]).reshape(rank, *weight.shape[1:])
@@ -29,6 +30,7 @@ def spatial_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     matrix = unfold(weight, "spatial")
     _checks.integer("rank", rank, 1, min(matrix.shape))
+    _checks.finite("weight", weight.detach())
     out_channels, in_channels, kh, kw = weight.shape
     ((u, s, vh),) = ops.svd([matrix.detach()])
     vertical = u[:, :rank].T.reshape(rank, in_channels, kh, 1)
@@ -44,6 +46,7 @@ def decoupled_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
     out_channels, in_channels, kh, kw = weight.shape
     _checks.integer("rank", rank, 1, min(in_channels, kh * kw))
+    _checks.finite("weight", weight.detach())
     factors = ops.svd(list(weight.detach().flatten(2)))
     pointwise = weight.new_empty(rank, out_channels, in_channels)
     depthwise = weight.new_empty(rank, out_channels, kh, kw)

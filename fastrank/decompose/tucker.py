@@ -48,11 +48,12 @@ def tucker2(weight: Tensor, ranks: int | tuple[int, int], *, algorithm: str = "h
     _checks.choice("algorithm", algorithm, ("hosvd", "hooi"))
     _checks.finite("weight", weight.detach())
     work = reference.linalg.working(weight.detach())
-    u_in = _leading(unfold(work, "mode3"), rank_in)
-    u_out = _leading(unfold(work, "mode4"), rank_out)
-    if algorithm == "hooi":
-        u_in, u_out = _hooi(work, u_in, u_out)
-    core = torch.einsum("oiyx,is,or->rsyx", work, u_in, u_out)
+    with reference.linalg.full_precision(work.device):
+        u_in = _leading(unfold(work, "mode3"), rank_in)
+        u_out = _leading(unfold(work, "mode4"), rank_out)
+        if algorithm == "hooi":
+            u_in, u_out = _hooi(work, u_in, u_out)
+        core = torch.einsum("oiyx,is,or->rsyx", work, u_in, u_out)
     return Tucker2(*(factor.to(weight.dtype).contiguous() for factor in (u_in.T, core, u_out)))
 
 
@@ -73,8 +74,11 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors (m, rank) of an (m, n) matrix.
 
     For float32 they come from the Gram matrix in float64, which resolves singular values down to 1e-8 of the largest,
-    finer than float32 itself; for float64 from an SVD.
+    finer than float32 itself; for float64 from an SVD. Where rank > n (HOOI's projections may be that narrow) any
+    orthonormal vectors complete them.
     """
+    if rank > matrix.shape[1]:
+        return torch.linalg.svd(matrix, full_matrices=True).U[:, :rank]
     if matrix.dtype == torch.float64 or matrix.shape[0] > matrix.shape[1]:
         ((u, _, _),) = ops.svd([matrix])
         return u[:, :rank]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastrank import _checks
 from fastrank.ops._conv import same_padding
+from fastrank.ops._register import memory_format
 
 Pair = tuple[int, int]
 Layer = TypeVar("Layer", bound="FactoredConv2d")
@@ -25,10 +26,17 @@ def why_not_factorable(module: nn.Module) -> str:
         return f"{type(module).__name__} is not an nn.Conv2d"
     if module.groups != 1:
         return f"groups must be 1, got {module.groups}"
-    if "weight" not in module._parameters:
-        return "its weight is computed in forward (weight_norm, pruning mask or parametrization)"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it carries forward hooks, which a replacement would lose"
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            return f"its {name} is computed in forward (weight_norm, pruning mask or parametrization)"
+    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+        return "it carries hooks, which a replacement would lose"
+    if "forward" in vars(module):
+        return "its forward is replaced by another function"
+    if module.weight.is_meta:
+        return "its weight is on the meta device, which holds no values"
+    if not module.weight.dtype.is_floating_point:
+        return f"its weight is of dtype {module.weight.dtype}, which is no floating-point one"
     return ""
 
 
@@ -65,6 +73,8 @@ class FactoredConv2d(nn.Module):
                 raise _checks.fail("stride", "1 with padding='same'", self.stride)
         else:
             self.padding = _checks.pair("padding", padding, 0)
+        if not isinstance(bias, bool):
+            raise _checks.fail_type("bias", "a bool", bias)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         )
@@ -94,7 +104,8 @@ class FactoredConv2d(nn.Module):
 
     def _batched(self, x: Tensor) -> Tensor:
         """x as (N, I, H, W); like `nn.Conv2d`, a single (I, H, W) image is accepted."""
-        if x.dim() not in (3, 4):
+        _checks.tensor("x", x)
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise _checks.fail("x", f"of shape (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)", tuple(x.shape))
         return x if x.dim() == 4 else x[None]
 
@@ -128,10 +139,11 @@ class FactoredConv2d(nn.Module):
             device="meta",
             dtype=weight.dtype,
         )
-        conv.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        needs = any(p.requires_grad for name, p in self.named_parameters() if name != "bias")
+        conv.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=needs)
         if bias:
             assert self.bias is not None
-            conv.bias = nn.Parameter(self.bias.detach().clone())
+            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
@@ -206,9 +218,16 @@ class RankSum(nn.Module):
     def __init__(self, rank: int, out_channels: int, bias: Tensor | None) -> None:
         super().__init__()
         self.rank, self.out_channels = rank, out_channels
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", copied)
 
     def forward(self, z: Tensor) -> Tensor:
         """Sum the R maps of each output channel."""
-        out = z.unflatten(1, (self.rank, self.out_channels)).sum(1)
-        return out if self.bias is None else out + self.bias[:, None, None]
+        return rank_sum(z, self.rank, self.out_channels, self.bias)
+
+
+def rank_sum(z: Tensor, rank: int, out_channels: int, bias: Tensor | None) -> Tensor:
+    """(N, R·O, H, W) -> (N, O, H, W) in z's dtype and memory format: the sum over R, and the bias once."""
+    out = z.unflatten(1, (rank, out_channels)).sum(1)
+    out = out if bias is None else out + bias.to(out.dtype)[:, None, None]
+    return out.contiguous(memory_format=memory_format(z))

@@ -11,6 +11,7 @@ from fastrank import _checks, decompose, ops, reference
 from fastrank._stages import ConvStage
 from fastrank.decompose.cp import max_rank
 from fastrank.nn._conv import FactoredConv2d, Pair, RankSum, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.ops._conv import BACKEND_NAMES
 
 
 class FusedCPConv(FactoredConv2d):
@@ -39,7 +40,7 @@ class FusedCPConv(FactoredConv2d):
         super().__init__(in_channels, out_channels, kernel_size, **geometry)
         kh, kw = self.kernel_size
         self.rank = _checks.integer("rank", rank, 1, max_rank((out_channels, in_channels, kh, kw)))
-        self.backend = backend
+        self.backend = _checks.choice("backend", backend, BACKEND_NAMES)
         kind = {"device": geometry.get("device"), "dtype": geometry.get("dtype")}
         self.pointwise = nn.Parameter(torch.empty(rank, out_channels, in_channels, **kind))
         self.vertical = nn.Parameter(torch.empty(rank, out_channels, kh, **kind))
@@ -83,7 +84,8 @@ class FusedCPConv(FactoredConv2d):
 
     def to_dense(self) -> nn.Conv2d:
         """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
-        merged = reference.conv.cp_weight(self.pointwise, self.vertical, self.horizontal)
+        with reference.linalg.full_precision(self.pointwise.device):
+            merged = reference.conv.cp_weight(self.pointwise, self.vertical, self.horizontal)
         return self._plain(merged, bias=self.bias is not None)
 
     def to_sequential(self) -> nn.Sequential:
@@ -93,7 +95,7 @@ class FusedCPConv(FactoredConv2d):
             self._plain(self.pointwise.flatten(0, 1)[:, :, None, None], where="none"),
             self._plain(self.vertical.flatten(0, 1)[:, None, :, None], where="vertical", groups=groups),
             self._plain(self.horizontal.flatten(0, 1)[:, None, None, :], where="horizontal", groups=groups),
-            RankSum(self.rank, self.out_channels, self.bias),
+            RankSum(self.rank, self.out_channels, self.bias).train(self.training),
         )
 
     def conv_stages(self, in_size: Pair) -> list[ConvStage]:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrank import _checks, decompose
+from fastrank import _checks, decompose, reference
 from fastrank._stages import ConvStage
-from fastrank.nn._conv import FactoredConv2d, Pair, RankSum, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.nn._conv import FactoredConv2d, Pair, RankSum, adopt, geometry_of, init_uniform, rank_sum, require_factorable
+from fastrank.ops import _register
 
 SCHEMES = ("channel", "spatial", "decoupled")
 
@@ -77,6 +78,9 @@ class SVDConv(FactoredConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, I, H, W) -> (N, O, H', W'), or the same without N."""
         z, (pad_h, pad_w) = self._padded(self._batched(x))
+        if not _register.autocasting(x):
+            _checks.same_kind(x=z, first=self.first, second=self.second, bias=self.bias)
+        self._out_size((x.shape[-2], x.shape[-1]))
         (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
         if self.scheme == "channel":
             z = F.conv2d(z, self.first, None, self.stride, (pad_h, pad_w), self.dilation)
@@ -89,8 +93,7 @@ class SVDConv(FactoredConv2d):
             z = F.conv2d(z, self.first.flatten(0, 1)[:, :, None, None])
             depthwise = self.second.flatten(0, 1)[:, None]
             z = F.conv2d(z, depthwise, None, self.stride, (pad_h, pad_w), self.dilation, groups)
-            z = z.unflatten(1, (self.rank, self.out_channels)).sum(1)
-            z = z if self.bias is None else z + self.bias[:, None, None]
+            z = rank_sum(z, self.rank, self.out_channels, self.bias)
         return z if x.dim() == 4 else z[0]
 
     @classmethod
@@ -113,7 +116,9 @@ class SVDConv(FactoredConv2d):
     def to_dense(self) -> nn.Conv2d:
         """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
         equation = {"channel": "riyx,orab->oiyx", "spatial": "riya,orbx->oiyx", "decoupled": "roi,royx->oiyx"}
-        return self._plain(torch.einsum(equation[self.scheme], self.first, self.second), bias=self.bias is not None)
+        with reference.linalg.full_precision(self.first.device):
+            merged = torch.einsum(equation[self.scheme], self.first, self.second)
+        return self._plain(merged, bias=self.bias is not None)
 
     def to_sequential(self) -> nn.Sequential:
         """The same as plain modules, for export and comparison."""
@@ -127,7 +132,7 @@ class SVDConv(FactoredConv2d):
         return nn.Sequential(
             self._plain(self.first.flatten(0, 1)[:, :, None, None], where="none"),
             self._plain(self.second.flatten(0, 1)[:, None], groups=self.rank * self.out_channels),
-            RankSum(self.rank, self.out_channels, self.bias),
+            RankSum(self.rank, self.out_channels, self.bias).train(self.training),
         )
 
     def conv_stages(self, in_size: Pair) -> list[ConvStage]:

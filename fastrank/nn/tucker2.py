@@ -11,6 +11,7 @@ from fastrank import _checks, decompose, ops, reference
 from fastrank._stages import ConvStage
 from fastrank.decompose.tucker import max_ranks
 from fastrank.nn._conv import FactoredConv2d, Pair, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.ops._conv import BACKEND_NAMES
 
 
 class FusedTucker2Conv(FactoredConv2d):
@@ -41,7 +42,7 @@ class FusedTucker2Conv(FactoredConv2d):
         limits = max_ranks((out_channels, in_channels, *self.kernel_size))
         for index in (0, 1):
             _checks.integer(f"ranks[{index}]", self.ranks[index], 1, limits[index])
-        self.backend = backend
+        self.backend = _checks.choice("backend", backend, BACKEND_NAMES)
         kind = {"device": geometry.get("device"), "dtype": geometry.get("dtype")}
         rank_in, rank_out = self.ranks
         self.w_in = nn.Parameter(torch.empty(rank_in, in_channels, **kind))
@@ -89,7 +90,9 @@ class FusedTucker2Conv(FactoredConv2d):
 
     def to_dense(self) -> nn.Conv2d:
         """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
-        return self._plain(reference.conv.tucker2_weight(self.w_in, self.core, self.w_out), bias=self.bias is not None)
+        with reference.linalg.full_precision(self.core.device):
+            merged = reference.conv.tucker2_weight(self.w_in, self.core, self.w_out)
+        return self._plain(merged, bias=self.bias is not None)
 
     def to_sequential(self) -> nn.Sequential:
         """Three plain convolutions 1×1 → kh×kw → 1×1, for export and comparison."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrank import _checks
+from fastrank._backends import NAMES as BACKEND_NAMES
 
 Pair = tuple[int, int]
 

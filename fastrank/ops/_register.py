@@ -43,10 +43,15 @@ def register(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x` (meta knows none)."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype, where autocast is on for their device (float64 is left alone, as in torch)."""
     tensors = (x, *others)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasting(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastrank import _backends, _checks, reference
 from fastrank.ops import _register
-from fastrank.ops._conv import Pair, conv_geometry, conv_macs
+from fastrank.ops._conv import BACKEND_NAMES, Pair, conv_geometry, conv_macs
 
 
 def cp_conv2d(
@@ -41,8 +41,12 @@ def cp_conv2d(
     rank, out_channels, _ = pointwise.shape
     _checks.tensor("vertical", vertical, (rank, out_channels, None), "(R, O, kh)")
     _checks.tensor("horizontal", horizontal, (rank, out_channels, None), "(R, O, kw)")
+    _checks.filled("pointwise", pointwise, "(R, O, I)")
+    _checks.filled("vertical", vertical, "(R, O, kh)")
+    _checks.filled("horizontal", horizontal, "(R, O, kw)")
     if bias is not None:
         _checks.tensor("bias", bias, (out_channels,), "(O,)")
+    _checks.choice("backend", backend, BACKEND_NAMES)
     x, pointwise, vertical, horizontal, bias = _register.autocast(x, pointwise, vertical, horizontal, bias)  # type: ignore[assignment]
     _checks.same_kind(x=x, pointwise=pointwise, vertical=vertical, horizontal=horizontal, bias=bias)
     x, geometry = conv_geometry(x, (vertical.shape[2], horizontal.shape[2]), stride, padding, dilation)

@@ -11,9 +11,11 @@ from torch import Tensor
 from fastrank import _backends, _checks, _native, reference
 from fastrank.ops import _register
 
+FUNNEL_CHUNK = 4096  # gates a partial sum stands for: kChunk of csrc/gates/gates.h
+
 
 def gated_factor(direction: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
-    """Each slice of a factor along dim 0, normalised and multiplied by its gate: gate[j] * direction[j] / |direction[j]|.
+    """Each slice of a factor along dim 0, normalised, times its gate: gate[j] * direction[j] / |direction[j]|.
 
     Shapes: direction (J, ...) of one dimension or more, gate (J,) -> (J, ...), in direction's dtype and memory format.
     The norm is over all dimensions but the first, in float32 (float64 for float64 tensors). A slice whose sum of
@@ -29,7 +31,8 @@ def gated_factor(direction: Tensor, gate: Tensor, *, backend: str = "auto") -> T
     _checks.tensor("gate", gate, (direction.shape[0],), "(direction.shape[0],)")
     _checks.same_kind(direction=direction, gate=gate)
     _checks.choice("backend", backend, _backends.NAMES)
-    return torch.ops.fastrank.gated_factor(direction, gate, backend)
+    out: Tensor = torch.ops.fastrank.gated_factor(direction, gate, backend)
+    return out
 
 
 def funnel_penalty(gates: Sequence[Tensor], c: float, *, normalized: bool = False, backend: str = "auto") -> Tensor:
@@ -53,7 +56,8 @@ def funnel_penalty(gates: Sequence[Tensor], c: float, *, normalized: bool = Fals
     if not gates:
         return torch.zeros(())
     _checks.same_kind(**named)
-    return torch.ops.fastrank.funnel_penalty(gates, c, bool(normalized), backend)
+    out: Tensor = torch.ops.fastrank.funnel_penalty(gates, c, bool(normalized), backend)
+    return out
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -123,8 +127,7 @@ def _funnel_penalty(gates: list[Tensor], c: float, normalized: bool, backend: st
     if chosen == "triton":
         _native.triton_kernels("gates").funnel_penalty(gates, c, normalized, out)
         return out
-    chunk = 4096  # gates a partial sum stands for, kChunk of csrc/gates/gates.h
-    partials = out.new_empty(sum(-(-gate.numel() // chunk) for gate in gates))
+    partials = out.new_empty(sum(-(-gate.numel() // FUNNEL_CHUNK) for gate in gates))
     if chosen == "cuda":
         torch.ops.fastrank.launch_funnel_penalty(gates, c, normalized, partials, out)
     else:
@@ -137,7 +140,9 @@ def _funnel_penalty_fake(gates: list[Tensor], c: float, normalized: bool, backen
     return gates[0].new_empty((), dtype=reference.gates.accumulation_dtype(gates[0].dtype))
 
 
-def _funnel_penalty_backward(grad: Tensor, gates: list[Tensor], c: float, normalized: bool, backend: str) -> list[Tensor]:
+def _funnel_penalty_backward(
+    grad: Tensor, gates: list[Tensor], c: float, normalized: bool, backend: str
+) -> list[Tensor]:
     chosen = _backends.choose(_backends.facts("funnel_penalty", gates[0]), backend)
     if chosen == "reference":
         slopes = reference.gates.funnel_penalty_backward(grad, gates, c, normalized)

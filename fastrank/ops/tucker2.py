@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastrank import _backends, _checks, reference
 from fastrank.ops import _register
-from fastrank.ops._conv import Pair, conv_geometry, conv_macs
+from fastrank.ops._conv import BACKEND_NAMES, Pair, conv_geometry, conv_macs
 
 
 def tucker2_conv2d(
@@ -40,8 +40,12 @@ def tucker2_conv2d(
     _checks.tensor("core", core, (None, None, None, None), "(R_out, R_in, kh, kw)")
     _checks.tensor("w_in", w_in, (core.shape[1], x.shape[1]), "(R_in, I)")
     _checks.tensor("w_out", w_out, (None, core.shape[0]), "(O, R_out)")
+    _checks.filled("core", core, "(R_out, R_in, kh, kw)")
+    _checks.filled("w_in", w_in, "(R_in, I)")
+    _checks.filled("w_out", w_out, "(O, R_out)")
     if bias is not None:
         _checks.tensor("bias", bias, (w_out.shape[0],), "(O,)")
+    _checks.choice("backend", backend, BACKEND_NAMES)
     x, w_in, core, w_out, bias = _register.autocast(x, w_in, core, w_out, bias)  # type: ignore[assignment]
     _checks.same_kind(x=x, w_in=w_in, core=core, w_out=w_out, bias=bias)
     x, geometry = conv_geometry(x, (core.shape[2], core.shape[3]), stride, padding, dilation)

@@ -34,10 +34,12 @@ def vbmf_rank(matrix: Tensor) -> int:
     if float(spectrum[0]) == 0.0:
         return 0
     squares = (spectrum / spectrum[0]).square()
-    # Below this level singular values are the dtype's own rounding, which is no Gaussian noise: read it as flat.
-    rounding = torch.finfo(wide.dtype).eps * wide.shape[1]
-    squares = squares.clamp(min=rounding**2)
-    return _rank(squares / squares.mean(), wide.shape[1])
+    # Below this level singular values are rounding, which is no Gaussian noise: read them as flat. It is that of the
+    # computation, or that of storing the entries, which spreads over all of the spectrum.
+    (rows, columns), working = wide.shape, torch.promote_types(wide.dtype, torch.float32)
+    stored = torch.finfo(wide.dtype).eps * (rows**-0.5 + columns**-0.5) * float(squares.sum().sqrt())
+    squares = squares.clamp(min=max(torch.finfo(working).eps * columns, stored) ** 2)
+    return _rank(squares / squares.mean(), columns)
 
 
 def _rank(squares: Tensor, columns: int) -> int:

@@ -108,7 +108,11 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _inverse_norm(v: Tensor) -> Tensor:
-    """1 / |v[j]|, and 0 (with gradient 0) where the slice counts as zero."""
+    """1 / |v[j]|, and 0 (with gradient 0) where the slice counts as zero.
+
+    Tensor.sum adds pairwise; vector_norm would save a temporary and add one by one, with an error that grows with
+    the length of the slice.
+    """
     squares = _dot(v, v)
     zero = squares < torch.finfo(v.dtype).tiny
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, squares).sqrt())

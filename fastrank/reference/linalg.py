@@ -20,11 +20,14 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def energy_rank(singular_values: Tensor, energy: float) -> Tensor:
     """Smallest k with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i², in [1, n], as a 0-d int64 tensor; σ descending, computed in float64.
 
-    The sum is exactly the last partial sum, so energy = 1 keeps every value that still changes it.
+    The sum is exactly the last partial sum, so energy = 1 keeps every value that still changes it. Dividing by a power
+    of two rounds nothing and keeps the squares of any scale finite. 0 where there are no values.
     """
-    partial = singular_values.double().square().cumsum(0)
+    sigma = singular_values.double()
+    unit = sigma[:1] / torch.frexp(sigma[:1]).mantissa
+    partial = (sigma / torch.where(sigma[:1] > 0, unit, torch.ones_like(unit))).square().cumsum(0)
     below = (partial < energy * partial[-1:]).sum()
-    return (below + 1).clamp(max=max(singular_values.numel(), 1))
+    return (below + 1).clamp(max=sigma.numel())
 
 
 def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -46,7 +49,7 @@ def nuclear_subgradient(matrix: Tensor, energy: float | None) -> Tensor:
         k = torch.minimum(k, energy_rank(s, energy))
     # Masking instead of slicing: k stays on the device.
     kept = (torch.arange(s.numel(), device=s.device) < k).to(s.dtype)
-    return ((u * kept) @ vh).to(matrix.dtype)
+    return _product(u * kept, vh).to(matrix.dtype)
 
 
 def project_energy(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
@@ -54,4 +57,14 @@ def project_energy(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
     u, s, vh = svd(matrix)
     k = energy_rank(s, energy)
     kept = s * (torch.arange(s.numel(), device=s.device) < k)
-    return ((u * kept) @ vh).to(matrix.dtype), k
+    return _product(u * kept, vh).to(matrix.dtype), k
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which autocast does not lower matrix products on `device` (meta knows none)."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    with full_precision(left.device):
+        return left @ right

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ def spatial_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises ValueError where there is none.
     """
+    if not isinstance(model, nn.Module):
+        raise _checks.fail_type("model", "a torch.nn.Module", model)
     kernels = {
         name: module.weight
         for name, module in model.named_modules()
@@ -29,6 +32,17 @@ def spatial_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
     if not kernels:
         raise _checks.fail("model", "a model with a trainable convolution larger than 1×1", type(model).__name__)
     return kernels
+
+
+@contextmanager
+def named(kernels: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Where an operator refuses a matrix of these kernels, say which layer it came from."""
+    try:
+        yield
+    except ValueError:
+        for name, kernel in kernels.items():
+            _checks.finite(f"the kernel of layer {name!r}", kernel.detach())
+        raise
 
 
 def add_gradient(parameter: nn.Parameter, gradient: Tensor, weight: float) -> None:
@@ -53,6 +67,8 @@ class NuclearNorm(Regularizer):
         self.energy = None if energy is None else _checks.number("energy", energy, 0.0, 1.0, open_low=True)
         names = (matricizations,) if isinstance(matricizations, str) else tuple(matricizations)
         self.matricizations = tuple(_checks.choice("matricizations", name, MATRICIZATIONS) for name in names)
+        if not names:
+            raise _checks.fail("matricizations", f"at least one of {list(MATRICIZATIONS)}", "none")
         self.kernels = spatial_kernels(model)
 
     def _matrices(self) -> list[Tensor]:
@@ -60,7 +76,10 @@ class NuclearNorm(Regularizer):
 
     def add_gradients(self) -> None:
         """Add weight · Σ fold(U_k V_kᵀ) to every kernel's gradient."""
-        sub = iter(ops.nuclear_subgradient(self._matrices(), energy=self.energy))
+        if self.weight == 0:
+            return
+        with named(self.kernels):
+            sub = iter(ops.nuclear_subgradient(self._matrices(), energy=self.energy))
         for kernel in self.kernels.values():
             shape = (kernel.shape[0], kernel.shape[1], kernel.shape[2], kernel.shape[3])
             for name in self.matricizations:
@@ -68,7 +87,8 @@ class NuclearNorm(Regularizer):
 
     def value(self) -> Tensor:
         """weight · Σ‖·‖_*."""
-        return self.weight * ops.nuclear_norm(self._matrices())
+        with named(self.kernels):
+            return self.weight * ops.nuclear_norm(self._matrices())
 
 
 class GramTrace(Regularizer):
@@ -84,6 +104,8 @@ class GramTrace(Regularizer):
 
     def add_gradients(self) -> None:
         """Add 2 · weight · W to every kernel's gradient."""
+        if self.weight == 0:
+            return
         for kernel in self.kernels.values():
             add_gradient(kernel, kernel.detach(), 2 * self.weight)
 

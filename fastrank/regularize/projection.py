@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastrank import _checks, ops
 from fastrank.decompose.unfold import MATRICIZATIONS, fold, unfold
 from fastrank.regularize.base import Regularizer
-from fastrank.regularize.nuclear import spatial_kernels
+from fastrank.regularize.nuclear import named, spatial_kernels
 
 
 class LowRankProjection(Regularizer):
@@ -27,8 +27,8 @@ class LowRankProjection(Regularizer):
         self.every = _checks.integer("every", every, 1)
         self.energy = _checks.number("energy", energy, 0.0, 1.0, open_low=True)
         self.matricization = _checks.choice("matricization", matricization, MATRICIZATIONS)
-        first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
         self.kernels = spatial_kernels(model)
+        first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
         if keep_first and len(self.kernels) > 1:
             self.kernels.pop(first or "", None)
         self.steps = 0
@@ -52,7 +52,8 @@ class LowRankProjection(Regularizer):
             self.ranks = {name: min(unfold(w, self.matricization).shape) for name, w in self.kernels.items()}
             return
         matrices = [unfold(kernel.detach(), self.matricization) for kernel in self.kernels.values()]
-        projected, ranks = ops.project_energy(matrices, self.energy)
+        with named(self.kernels):
+            projected, ranks = ops.project_energy(matrices, self.energy)
         for kernel, matrix in zip(self.kernels.values(), projected, strict=True):
             shape = (kernel.shape[0], kernel.shape[1], kernel.shape[2], kernel.shape[3])
             kernel.copy_(fold(matrix, self.matricization, shape))

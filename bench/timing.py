@@ -1,0 +1,125 @@
+"""Timing on a GPU: CUDA graphs over rotating inputs (cold L2), the same on one input (warm), and eager wall time.
+
+A figure is a median with its p20 and p80 beside it, in microseconds a call. Contenders of one comparison are measured
+in turns, so that a drift of the clocks meets all of them.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[Sequence[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Microseconds a call over `samples` measurements."""
+
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    samples: int
+
+    @staticmethod
+    def of(values_us: Sequence[float]) -> Quantiles:
+        cuts = statistics.quantiles(values_us, n=10, method="inclusive")
+        return Quantiles(cuts[1], statistics.median(values_us), cuts[7], len(values_us))
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the clocks as found, and the versions that a figure depends on."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "triton": __import__("triton").__version__ if find_spec("triton") else None,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["l2_bytes"] = properties.L2_cache_size
+        found["multiprocessors"] = properties.multi_processor_count
+    if shutil.which("nvidia-smi"):
+        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        found["nvidia_smi"] = dict(zip(fields.split(","), shown.split(", "), strict=False))
+    return found
+
+
+def rotation(tensors: Sequence[Tensor], at_most: int = 64) -> list[list[Tensor]]:
+    """Copies of the inputs, as many as it takes to push one out of the L2 cache before it comes round again."""
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    cache = torch.cuda.get_device_properties(tensors[0].device).L2_cache_size
+    count = min(max(2, 3 * cache // max(size, 1) + 1), at_most)
+    return [[t.detach().clone().requires_grad_(t.requires_grad) for t in tensors] for _ in range(count)]
+
+
+def capture(call: Call, inputs: Sequence[Sequence[Tensor]], calls: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `calls` calls that take the inputs in turn."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for one in inputs:
+            call(one)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(inputs[i % len(inputs)])
+    return graph
+
+
+def graph_times(
+    contenders: dict[str, Call], tensors: Sequence[Tensor], *, cold: bool, calls: int = 64, repeats: int = 20
+) -> dict[str, Quantiles]:
+    """Time of one call inside a CUDA graph of `calls`: launches cost nothing, memory is cold or warm as asked."""
+    inputs = rotation(tensors) if cold else [list(tensors)]
+    graphs = {name: capture(call, inputs, calls) for name, call in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(repeats):
+        for name, graph in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / calls)
+    return {name: Quantiles.of(values) for name, values in times.items()}
+
+
+def eager_times(contenders: dict[str, Call], tensors: Sequence[Tensor], *, repeats: int = 50) -> dict[str, Quantiles]:
+    """Wall time of one synchronised call, the host's work included."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call(tensors)
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call(tensors)
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - begin) * 1e6)
+    return {name: Quantiles.of(values) for name, values in times.items()}

@@ -1,0 +1,41 @@
+"""Files that are whole or absent: writing by a temporary file that takes the name at the end. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the file at `path` by `data`: whoever reads, or crashes, at any moment finds the old file or the new one.
+
+    The bytes go to a hidden temporary file beside `path`, reach the disk, and take its name. A failure removes the
+    temporary file; a killed process may leave one behind, see `remove_leftovers`. Raises OSError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete the temporary files that killed writers of `path` left; only where no one else is writing to it."""
+    path = Path(path)
+    leading = f".{path.name}."
+    for entry in os.scandir(path.parent):  # not glob: a name may hold brackets
+        if entry.name.startswith(leading) and entry.name.endswith(".tmp"):
+            Path(entry.path).unlink(missing_ok=True)

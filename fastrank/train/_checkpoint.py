@@ -1,0 +1,229 @@
+"""The state of a training run as one safetensors file: written whole, and refused where it belongs to another run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from fastrank import _atomic, _checks, _files
+from fastrank.regularize.base import Regularizer
+from fastrank.train._progress import EpochRow
+
+FORMAT = 1
+KEY = "fastrank.checkpoint"
+MODEL = "model/"
+MOMENTUM = "momentum/"
+TENSOR = "__tensor__"
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "identity": dict,
+    "trained": list,
+    "step": int,
+    "seconds": (int, float),
+    "history": list,
+    "scaler": dict,
+    "regularizers": list,
+}
+FileName = str | os.PathLike[str]
+
+
+@dataclass
+class Run:
+    """Everything that the next step depends on, and what must agree for a checkpoint to continue this run.
+
+    `identity` is flat and JSON-able; `step` counts optimizer steps tried since the start, `totals` are sums over the
+    current epoch, `history` holds the finished epochs, `seconds` is the time that the current one has taken.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: GradScaler
+    regularizers: Sequence[Regularizer]
+    device: torch.device
+    identity: dict[str, Any]
+    totals: Tensor
+    step: int = 0
+    seconds: float = 0.0
+    history: list[EpochRow] = field(default_factory=list)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimizer moves, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+def prepare(path: Path) -> Path:
+    """`path`, in a folder that exists and is free of what killed writers left."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise _checks.fail("run_dir", "a folder", path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _atomic.remove_leftovers(path)
+    return path
+
+
+def save(path: FileName, run: Run) -> None:
+    """Write `run` and the state of torch's random number generators to `path`, atomically."""
+    tensors = {MODEL + name: tensor for name, tensor in _model_state(run.model).items()}
+    for name, parameter in run.trained().items():
+        momentum = run.optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None:
+            tensors[MOMENTUM + name] = momentum
+    tensors["random/cpu"] = torch.get_rng_state()
+    if run.device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(run.device)
+    tensors["totals"] = run.totals
+    states = [regularizer.state_dict() for regularizer in run.regularizers]
+    header = {
+        "format": FORMAT,
+        "identity": run.identity,
+        "trained": list(run.trained()),
+        "step": run.step,
+        "seconds": run.seconds,
+        "history": [asdict(row) for row in run.history],
+        "scaler": run.scaler.state_dict(),
+        "regularizers": _pack("regularizers", states, tensors),
+    }
+    _files.save_tensors(path, tensors, {KEY: json.dumps(header)})
+
+
+def restore(path: FileName, run: Run) -> None:
+    """Bring `run` to where the checkpoint at `path` left it, bit for bit.
+
+    Raises ValueError, naming the first difference and changing nothing, where the file is damaged or belongs to a run
+    with another identity or another model.
+    """
+    tensors, metadata = _files.load_tensors(path)
+    header = _header(path, metadata)
+    kept, momenta = _group(tensors, MODEL), _group(tensors, MOMENTUM)
+    _require_same(path, header, kept, run)
+    _require_whole(path, header, tensors, momenta, run)
+    states = _unpack(header["regularizers"], tensors)
+
+    run.model.load_state_dict(kept)
+    trained = run.trained()
+    for name, tensor in momenta.items():
+        run.optimizer.state[trained[name]]["momentum_buffer"] = torch.empty_like(trained[name]).copy_(tensor)
+    if header["scaler"]:
+        run.scaler.load_state_dict(header["scaler"])
+    for regularizer, state in zip(run.regularizers, states, strict=True):
+        regularizer.load_state_dict(state)
+    torch.set_rng_state(tensors["random/cpu"])
+    if run.device.type == "cuda" and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"], run.device)
+    run.totals = tensors["totals"].to(run.device)
+    run.step, run.seconds = header["step"], header["seconds"]
+    run.history = [EpochRow(**row) for row in header["history"]]
+
+
+def _header(path: FileName, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The header, with its format and the types of its parts checked."""
+    if KEY not in metadata:
+        raise _checks.fail("run_dir", "a folder whose checkpoint is one of a training run", f"{path} of another kind")
+    try:
+        header: Any = json.loads(metadata[KEY])
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, "header") from error
+    version = header.get("format") if isinstance(header, dict) else None
+    if version != FORMAT:
+        raise _mismatch(path, "format", version, FORMAT)
+    for name, kind in PARTS.items():
+        if not isinstance(header.get(name), kind):
+            raise _broken(path, name)
+    return cast("dict[str, Any]", header)
+
+
+def _require_same(path: FileName, header: Mapping[str, Any], kept: Mapping[str, Tensor], run: Run) -> None:
+    """Raise ValueError on the first difference in configuration, in the model's tensors, in what is trained."""
+    for name, want in json.loads(json.dumps(run.identity)).items():
+        if header["identity"].get(name) != want:
+            raise _mismatch(path, name, header["identity"].get(name), want)
+    current = _model_state(run.model)
+    for name in [*current, *kept]:
+        if _describe(kept.get(name)) != _describe(current.get(name)):
+            raise _mismatch(path, f"model tensor {name}", _describe(kept.get(name)), _describe(current.get(name)))
+    trained = run.trained()
+    for name in [*trained, *header["trained"]]:
+        if (name in header["trained"]) != (name in trained):
+            raise _mismatch(path, f"requires_grad of {name}", name in header["trained"], name in trained)
+
+
+def _require_whole(
+    path: FileName, header: dict[str, Any], tensors: Mapping[str, Tensor], momenta: Mapping[str, Tensor], run: Run
+) -> None:
+    """Raise ValueError on a part that would fail, or be taken for something else, halfway through a restore."""
+    trained = run.trained()
+    columns = {column.name for column in fields(EpochRow)}
+    whole = {
+        "step": header["step"] >= 0,
+        "scaler": header["scaler"].keys() == run.scaler.state_dict().keys(),
+        "regularizers": len(header["regularizers"]) == len(run.regularizers),
+        "history": all(isinstance(row, dict) and row.keys() == columns for row in header["history"]),
+        "momentum": all(_describe(tensor) == _describe(trained.get(name)) for name, tensor in momenta.items()),
+        "random/cpu": _describe(tensors.get("random/cpu")) == _describe(torch.get_rng_state()),
+        "totals": _describe(tensors.get("totals")) == _describe(run.totals),
+    }
+    for name, good in whole.items():
+        if not good:
+            raise _broken(path, name)
+
+
+def _broken(path: FileName, part: str) -> ValueError:
+    return _checks.fail("run_dir", "a folder whose checkpoint is whole", f"{path}, unusable in its part {part!r}")
+
+
+def _mismatch(path: FileName, name: str, got: object, want: object) -> ValueError:
+    return ValueError(
+        f"run_dir must be free or hold a checkpoint of this run, got {path} with {name} {got} where this run has {want}"
+        "; resume=False starts over"
+    )
+
+
+def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _model_state(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Any] = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise _checks.fail_type(f"model.state_dict()[{name!r}]", "a torch.Tensor", value)
+    return state
+
+
+def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` with every tensor moved into `tensors` and named in its place; the rest must be JSON."""
+    if isinstance(value, Tensor):
+        unique = f"{name}#{len(tensors)}"  # a key may hold the separator
+        tensors[unique] = value
+        return {TENSOR: unique}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise _checks.fail_type(f"keys of {name}", "str", key)
+        return {key: _pack(f"{name}/{key}", item, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(f"{name}/{position}", item, tensors) for position, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise _checks.fail_type(name, "a tensor, number, str or container of these", value)
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    return value

@@ -1,0 +1,85 @@
+"""`fit`: a training run from its arguments to its history."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from fastrank import _checks
+from fastrank.regularize.base import Regularizer
+from fastrank.train import _checkpoint, _progress
+from fastrank.train._config import TrainConfig
+from fastrank.train._evaluate import flags_restored, ready, resolve_device
+from fastrank.train._loop import Loop
+from fastrank.train._progress import EpochRow
+
+CHECKPOINT = "checkpoint.safetensors"
+History = list[EpochRow]
+
+
+def fit(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    test_data: Dataset[Any] | None,
+    config: TrainConfig,
+    *,
+    regularizers: Sequence[Regularizer] = (),
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    label: str = "train",
+    progress: bool | None = None,
+    on_epoch: Callable[[EpochRow], object] | None = None,
+) -> History:
+    """Train `model`, a classifier (N, C, H, W) -> (N, classes), in place; one row of history an epoch.
+
+    Parameters with ``requires_grad=False`` are left alone. A step is: gradients, unscaled; every regulariser's
+    `add_gradients`; clipping; the optimizer; every regulariser's `after_step`. `on_epoch` is called after each epoch
+    and before its checkpoint. A last batch of a single image is left out, because batch normalisation refuses it.
+
+    With `run_dir`, the run is kept in ``run_dir/checkpoint.safetensors``; with `resume`, a checkpoint found there is
+    continued, bit for bit as if never interrupted (on a GPU, under deterministic algorithms), and a finished one is
+    restored at once. Afterwards the global random state and every module's training flag are the caller's again.
+    `progress`: a bar on a terminal, a line an epoch elsewhere, both on standard error; False: nothing.
+
+    Raises ValueError or TypeError for a wrong argument or the checkpoint of another run, RuntimeError, naming epoch and
+    step, where the loss becomes NaN or infinite; the last checkpoint then stays.
+    """
+    if not isinstance(config, TrainConfig):
+        raise _checks.fail_type("config", "a TrainConfig", config)
+    for regularizer in regularizers:
+        if not isinstance(regularizer, Regularizer):
+            raise _checks.fail_type("regularizers", "a sequence of fastrank.regularize.Regularizer", regularizer)
+    device = resolve_device(config.device, model)
+    train_data = ready("train_data", train_data, device)
+    test_data = None if test_data is None else ready("test_data", test_data, device)
+    loop = Loop(model.to(device), train_data, test_data, config, regularizers, label, device)
+    if run_dir is not None:
+        loop.path = _checkpoint.prepare(Path(run_dir) / CHECKPOINT)
+    with flags_restored(model), _seeded(config.seed, device):
+        if loop.path is not None and resume and loop.path.exists():
+            _checkpoint.restore(loop.path, loop.run)
+        model.train()
+        with _progress.reporting(label, config.epochs, loop.steps, loop.run.step, progress) as loop.reporter:
+            while len(loop.run.history) < config.epochs:
+                loop.epoch(on_epoch)
+        if not config.epochs:
+            loop.save()
+    return loop.run.history
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators that dropout draws from, and give the caller's state back."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

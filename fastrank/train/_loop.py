@@ -1,0 +1,195 @@
+"""The steps and epochs of a training run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import Dataset
+
+from fastrank import _checks
+from fastrank.data import Augment, batches
+from fastrank.regularize.base import Regularizer
+from fastrank.train import _checkpoint, _progress
+from fastrank.train._config import TrainConfig
+from fastrank.train._evaluate import checked_logits, evaluate, length
+from fastrank.train._progress import EpochRow
+
+LOOK_EVERY = {"cuda": 20}
+"""How many steps pass between two readings of the loss, for which a GPU would have to wait; elsewhere one."""
+MAX_SKIPPED = 40
+"""Steps in a row that a gradient scaler may skip: by then it has halved the scale from 2^16 to 2^-24."""
+
+
+class Loop:
+    """A run with what it needs besides its state. The totals of an epoch: Σ loss, right answers, images."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Dataset[Any],
+        test: Dataset[Any] | None,
+        config: TrainConfig,
+        regularizers: Sequence[Regularizer],
+        label: str,
+        device: torch.device,
+    ) -> None:
+        self.model, self.train, self.test, self.config, self.label = model, train, test, config, label
+        self.path: Path | None = None
+        self.reporter: _progress.Reporter
+        images = length(train)
+        self.drop_last = images > config.batch_size and images % config.batch_size == 1
+        self.steps = -(-(images - self.drop_last) // config.batch_size)
+        self.look_every = LOOK_EVERY.get(device.type, 1)
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        amp = ("fp16" if device.type == "cuda" else "bf16") if config.amp is True else config.amp
+        self.dtype = half[amp] if amp else None
+        self.stepped, self.skipped = True, 0
+        self.bad_step = torch.tensor(-1, device=device)
+        self.run = _checkpoint.Run(
+            model=model,
+            optimizer=_optimizer(model, config),
+            scaler=GradScaler(device.type, enabled=self.dtype == torch.float16),
+            regularizers=regularizers,
+            device=device,
+            identity={
+                **config.identity(),
+                "train_data length": images,
+                "regularizers": [type(regularizer).__name__ for regularizer in regularizers],
+            },
+            totals=torch.zeros(3, dtype=torch.float64, device=device),
+        )
+        self.run.optimizer.register_step_post_hook(lambda *_: setattr(self, "stepped", True))
+
+    def epoch(self, on_epoch: Callable[[EpochRow], object] | None) -> None:
+        """The rest of the current epoch, its evaluation, its row and, where one is due, its checkpoint."""
+        config, run = self.config, self.run
+        number = len(run.history)
+        started = time.monotonic() - run.seconds
+        source = batches(
+            self.train,
+            config.batch_size,
+            seed=config.seed,
+            epoch=number,
+            start=run.step - number * self.steps,
+            shuffle=True,
+            augment=Augment(config.shift, config.flip) if config.shift or config.flip else None,
+            drop_last=self.drop_last,
+            workers=config.workers,
+        )
+        for images, labels in source:
+            self.step(images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True))
+            run.seconds = time.monotonic() - started
+            if config.checkpoint_steps and run.step % config.checkpoint_steps == 0:
+                self.save()
+        loss, accuracy = self.look()
+        penalty = sum((float(regularizer.value()) for regularizer in run.regularizers), 0.0)
+        tested = None if self.test is None else evaluate(self.model, self.test, workers=config.workers)
+        row = EpochRow(
+            epoch=number + 1,
+            loss=loss,
+            penalty=penalty,
+            train_top1=accuracy,
+            test_top1=tested.top1 if tested else None,
+            test_top5=tested.top5 if tested else None,
+            lr=config.lr_at(run.step - 1, self.steps),
+            seconds=time.monotonic() - started,
+        )
+        run.history.append(row)
+        run.totals.zero_()
+        run.seconds = 0.0
+        if on_epoch is not None:
+            on_epoch(row)
+        if row.epoch % config.checkpoint_every == 0 or row.epoch == config.epochs:
+            self.save()
+        self.reporter.epoch(row)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One optimizer step, which a gradient scaler may skip."""
+        run = self.run
+        run.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(run.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = self.model(images)
+        logits = checked_logits(logits, labels, self.train)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        finite = torch.isfinite(loss.detach())
+        right = (logits.detach().argmax(1) == labels).sum()
+        seen = torch.full_like(finite, len(labels), dtype=torch.float64)
+        run.totals += torch.where(finite, torch.stack([loss.detach() * len(labels), right, seen]), 0)
+        if not run.scaler.is_enabled():
+            self.note(finite)
+        if run.step % self.look_every == 0:
+            self.look()
+        try:
+            self.update(loss)
+        except (ValueError, RuntimeError):
+            self.look()  # a regulariser that met NaN is not to blame where the loss was NaN before
+            raise
+        if run.scaler.is_enabled():
+            self.skipped = 0 if self.stepped else self.skipped + 1
+            self.note(finite if self.stepped else torch.full_like(finite, self.skipped < MAX_SKIPPED))
+        run.step += 1
+
+    def update(self, loss: Tensor) -> None:
+        """Gradients, penalties, clipping, and the step itself."""
+        config, run = self.config, self.run
+        for group in run.optimizer.param_groups:
+            group["lr"] = config.lr_at(run.step, self.steps)
+        torch.autograd.backward(run.scaler.scale(loss))
+        run.scaler.unscale_(run.optimizer)
+        for regularizer in run.regularizers:
+            regularizer.add_gradients()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(run.trained().values(), config.clip_norm)
+        self.stepped = False
+        run.scaler.step(run.optimizer)
+        for regularizer in run.regularizers:
+            regularizer.after_step(stepped=self.stepped)
+        run.scaler.update()
+
+    def note(self, good: Tensor) -> None:
+        """Remember the current step as the first bad one, without waiting for the device."""
+        self.bad_step = torch.where((self.bad_step < 0) & ~good, self.run.step, self.bad_step)
+
+    def look(self) -> tuple[float, float]:
+        """Mean loss and accuracy (%) of the epoch so far; RuntimeError where a loss was not finite."""
+        bad = int(self.bad_step)
+        if bad >= 0:
+            where = f"step {bad % self.steps + 1} of epoch {bad // self.steps + 1}"
+            raise self.diverged(f"loss or gradients were not finite at {where}")
+        loss, right, seen = self.run.totals.tolist()
+        mean, accuracy = (loss / seen, 100 * right / seen) if seen else (float("inf"), 0.0)
+        self.reporter.steps(self.run.step, len(self.run.history) + 1, mean, accuracy)
+        return mean, accuracy
+
+    def save(self) -> None:
+        """Write the checkpoint, where there is a place for one, unless the run has diverged."""
+        if self.path is None:
+            return
+        if self.run.step:
+            self.look()
+        for name, parameter in self.run.trained().items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self.diverged(f"{name} was not finite after step {self.run.step}")
+        _checkpoint.save(self.path, self.run)
+
+    def diverged(self, what: str) -> RuntimeError:
+        kept = f"; the last checkpoint, {self.path}, is kept" if self.path is not None and self.path.exists() else ""
+        return RuntimeError(f"{self.label} diverged: {what}; try a lower lr or clip_norm{kept}")
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise _checks.fail("model", "a module with trainable parameters", "none")
+    spared = [] if config.decay_norm_and_bias else [parameter for parameter in trained if parameter.dim() < 2]
+    decayed = [parameter for parameter in trained if config.decay_norm_and_bias or parameter.dim() >= 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)

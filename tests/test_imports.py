@@ -1,0 +1,166 @@
+"""The import rules of the house, read off the syntax trees: truth below kernels, kernels below layers, nobody upward."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Room -> the rooms of fastrank that it may import, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "_version": set(),
+    "_checks": set(),
+    "_stages": set(),
+    "_atomic": set(),
+    "_native": set(),
+    "reference": set(),
+    "_files": {"_checks", "_atomic"},
+    "_backends": {"_checks", "_native"},
+    "ops": {"_checks", "_backends", "_native", "reference"},
+    "ranks": {"_checks", "ops", "reference"},
+    "decompose": {"_checks", "ops", "reference"},
+    "nn": {"_checks", "_stages", "decompose", "ops", "reference"},
+    "plan": {"_atomic"},
+    "complexity": {"_checks", "_stages", "nn"},
+    "latency": {"_checks"},
+    "models": {"_checks", "nn"},
+    "data": {"_checks"},
+    "regularize": {"_checks", "decompose", "nn", "ops", "ranks"},
+    "convert": {"_checks", "_stages", "complexity", "decompose", "nn", "plan", "ranks"},
+    "train": {"_atomic", "_checks", "_files", "data", "regularize"},
+    "io": {"_checks", "_files", "models", "nn", "plan"},
+    "methods": {"_checks", "complexity", "convert", "decompose", "ops", "plan", "ranks", "regularize"},
+    "recipe": {"_checks", "_atomic", "complexity", "convert", "data", "io", "methods", "models", "regularize", "train"},
+    "env": {"_backends", "_native", "_version"},
+    "report": set(),
+    "demo": {
+        "_atomic", "_version", "complexity", "convert", "data", "decompose", "io", "latency", "methods", "models",
+        "plan", "ranks", "report", "train",
+    },
+}  # fmt: skip
+# The rooms on top may import every room that is not private.
+TOP = {"cli", "__init__"}
+FOREIGN = {"reference": {"torch"}, "plan": set(), "_atomic": set(), "_stages": set()}
+
+
+def files() -> list[Path]:
+    return sorted((ROOT / "fastrank").rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT / "fastrank").with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether at module level) of every import; `from fastrank import x` counts as fastrank.x."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    checking = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in checking:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) not in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"fastrank.{a.name}" for a in node.names] if node.module == "fastrank" else [node.module or ""]
+            found += [(name, id(node) not in inside) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_import_only_what_they_may(path: Path) -> None:
+    here = room(path)
+    for module, _ in imports(path):
+        head, _, rest = module.partition(".")
+        if head != "fastrank":
+            allowed = FOREIGN.get(here)
+            assert allowed is None or head in allowed | set(sys.stdlib_module_names), f"{here} imports {module}"
+            continue
+        target = rest.partition(".")[0]
+        if target == "triton_kernels":
+            assert here == "ops", f"{here} imports {module}: only ops touches a kernel"
+        elif here in TOP:
+            assert not target.startswith("_") or target == "_version", f"{here} imports {module}"
+        elif target != here:
+            assert target in ALLOWED[here], f"{here} imports {module}"
+
+
+def test_the_rules_have_no_cycle() -> None:
+    seen: dict[str, int] = {}
+
+    def depth(name: str, path: tuple[str, ...] = ()) -> int:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in seen:
+            seen[name] = 1 + max((depth(below, (*path, name)) for below in ALLOWED[name]), default=0)
+        return seen[name]
+
+    for name in ALLOWED:
+        depth(name)
+
+
+def test_every_room_has_a_rule() -> None:
+    assert {room(path) for path in files()} - TOP <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "triton_kernels").glob("*.py")), ids=lambda p: p.name)
+def test_triton_kernels_import_torch_and_triton_alone(path: Path) -> None:
+    for module, _ in imports(path):
+        head = module.partition(".")[0]
+        assert head in {"torch", "triton"} | set(sys.stdlib_module_names) or module.startswith("fastrank.triton_kernels")
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_ops_names_a_kernel(path: Path) -> None:
+    """Outside ops/ (and the selection itself) nobody names torch.ops.fastrank or a compiled part."""
+    if room(path) in {"ops", "_backends", "_native", "env"}:
+        return
+    text = path.read_text(encoding="utf-8")
+    for word in ("torch.ops.fastrank", "_native", "triton_kernels", "_host"):
+        assert word not in text, f"{path.name} names {word}"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_triton_and_extras_are_never_imported_with_the_package(path: Path) -> None:
+    optional = {"triton", "torchvision", "timm", "sklearn", "matplotlib", "tensorly", "scipy", "pytest"}
+    for module, at_top in imports(path):
+        assert not (at_top and module.partition(".")[0] in optional), f"{path.name} imports {module} at import time"
+
+
+def test_files_stay_short() -> None:
+    limits = {".py": 400, ".cu": 600, ".cuh": 600, ".cpp": 600, ".h": 600}
+    for folder in ("fastrank", "triton_kernels", "csrc", "bench", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in limits:
+                lines = path.read_text(encoding="utf-8").count("\n")
+                assert lines <= limits[path.suffix], f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_import_is_light() -> None:
+    """Importing fastrank imports no optional package, even where they are installed, that torch itself does not."""
+    code = (
+        "import sys, torch, torch.utils.flop_counter\n"
+        "before = set(sys.modules)\n"
+        "import fastrank\n"
+        "optional = {'triton', 'torchvision', 'timm', 'sklearn', 'matplotlib', 'scipy', 'typer'}\n"
+        "loaded = optional & (set(sys.modules) - before)\n"
+        "sys.exit(f'loaded: {sorted(loaded)}' if loaded else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
