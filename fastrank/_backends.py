@@ -98,7 +98,9 @@ def can_run_triton(facts: Facts) -> Verdict:
         if facts.dtype is torch.bfloat16:
             return Verdict(False, "Triton's interpreter computes bfloat16 wrongly")
         return Verdict(True)
-    return Verdict(False, f"the tensor is on {facts.device} and TRITON_INTERPRET is {'on' if facts.interpreter else 'off'}")
+    return Verdict(
+        False, f"the tensor is on {facts.device} and TRITON_INTERPRET is {'on' if facts.interpreter else 'off'}"
+    )
 
 
 def can_run_cuda(facts: Facts) -> Verdict:

@@ -79,7 +79,9 @@ def number(name: str, value: Any, low: float, high: float = math.inf, *, open_lo
     inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
     if not inside:
         left = "(" if open_low else "["
-        interval = f"in {left}{low:g}, {high:g}]" if math.isfinite(high) else f"{'above' if open_low else 'at least'} {low:g}"
+        interval = (
+            f"in {left}{low:g}, {high:g}]" if math.isfinite(high) else f"{'above' if open_low else 'at least'} {low:g}"
+        )
         raise fail(name, f"a finite number {interval}", value)
     return float(value)
 
@@ -120,13 +122,15 @@ def conv_output_size(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int]:
-    """Spatial size of a convolution's output; refuses an empty map, and a kernel that does not fit into the padded map."""
+    """Spatial size of a convolution's output; refuses empty maps, and kernels larger than the padded map."""
     if min(size) < 1:
         raise fail("x", "a map of at least 1×1", f"{size[0]}×{size[1]}")
     out = []
     for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
         reach = d * (k - 1) + 1
         if n + 2 * p < reach:
-            raise fail("x", f"at least as large as the dilated kernel after padding ({reach})", f"a padded size of {n + 2 * p}")
+            raise fail(
+                "x", f"at least as large as the dilated kernel after padding ({reach})", f"a padded size of {n + 2 * p}"
+            )
         out.append((n + 2 * p - reach) // s + 1)
     return out[0], out[1]

@@ -31,10 +31,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
+# A pipe or a file has no width: do not fold what is written there at 80 columns.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Model = Annotated[str, typer.Argument(help="A name (lenet5_nrmf, torchvision:resnet18, timm:NAME) or a file saved by fastrank.")]
+Model = Annotated[
+    str, typer.Argument(help="lenet5_nrmf, torchvision:resnet18, timm:NAME, ... or a file saved by fastrank.")
+]
 Input = Annotated[str | None, typer.Option("--input", help="Input size C,H,W.", metavar="C,H,W")]
 
 
@@ -46,7 +49,7 @@ def inspect(model: Model, input_size: Input = None, energy: float = 0.95, as_jso
         return
     network, size = _network(model), _input_size(input_size, model)
     found, seen = _complexity.count(network, size), input_sizes(network, _blank(network, size))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for site in sites(network):
         kernel = site.conv.weight.detach()
         spectra = [] if site.reason else [ranks.singular_values(unfold(kernel, mode)) for mode in ("mode3", "mode4")]
@@ -67,12 +70,19 @@ def inspect(model: Model, input_size: Input = None, energy: float = 0.95, as_jso
         _print_json({"model": model, "input": list(size), "macs": found.macs, "params": found.params, "layers": rows})
         return
     cells = [
-        [r["name"], "×".join(map(str, r["shape"])), "×".join(map(str, r["input"])), report.thousands(r["params"]), report.thousands(r["macs"]),
-         r["refused"] or report.ranks_text(r["ranks"])]
-        for r in rows
-    ]  # fmt: skip
-    title = f"{model} at {'×'.join(map(str, size))}: {report.thousands(found.params)} parameters, {report.thousands(found.macs)} multiply-adds"
-    out.print(report.table(["layer", "O×I×kh×kw", "map", "weights", "MACs", f"ranks at {energy:g} energy"], cells, title=title))
+        [
+            row["name"],
+            report.by(row["shape"]),
+            report.by(row["input"]),
+            report.thousands(row["params"]),
+            report.thousands(row["macs"]),
+            row["refused"] or report.ranks_text(row["ranks"]),
+        ]
+        for row in rows
+    ]
+    title = f"{model} at {report.by(size)}: {found.params:,} parameters, {found.macs:,} multiply-adds"
+    columns = ["layer", "O×I×kh×kw", "map", "weights", "MACs", f"ranks at {energy:g} energy"]
+    out.print(report.table(columns, cells, title=title))
 
 
 @app.command(epilog="Example: fastrank plan torchvision:resnet18 --method nrmf --budget macs=0.5 --out plan.json")
@@ -91,7 +101,9 @@ def plan(
     network = _network(model)
     options = {key: value for key, value in (("energy", energy), ("rank", rank)) if value is not None}
     example = _blank(network, _input_size(input_size, model))
-    made = fastrank.make_plan(network, method, example_input=example, budget=_budget(budget), skip=skip or [], **options)
+    made = fastrank.make_plan(
+        network, method, example_input=example, budget=_budget(budget), skip=skip or [], **options
+    )
     if save_to is not None:
         made.save(save_to)
     _show_plan(made, as_json)
@@ -100,7 +112,9 @@ def plan(
 @app.command(epilog="Example: fastrank train recipes/nrmf_lenet5_digits.yaml --out runs/nrmf")
 def train(
     recipe_file: Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")],
-    save_to: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, plan, model and summary.")] = Path("runs/train"),
+    save_to: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, plan, model and summary.")] = Path(
+        "runs/train"
+    ),
     root: Annotated[str | None, typer.Option(help="Where the data set lies on disk.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One epoch of everything.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming what is in --out.")] = False,
@@ -173,14 +187,18 @@ def evaluate(
     if as_json:
         _print_json({"model": model, "data": dataset, **asdict(result)})
     else:
-        out.print(f"Acc@1 {result.top1:.2f}  Acc@5 {result.top5:.2f}  loss {result.loss:.4f}  ({result.count:,} images)")
+        out.print(
+            f"Acc@1 {result.top1:.2f}  Acc@5 {result.top5:.2f}  loss {result.loss:.4f}  ({result.count:,} images)"
+        )
 
 
 @app.command(epilog="Example: fastrank complexity --arch vgg_16_bn -r 1 -cpr '[0.6]*6+[0.8]*7'")
 def complexity(
     arch: Annotated[str, typer.Option("--arch", help="An architecture's name or a saved file.")],
     rank: Annotated[int, typer.Option("-r", "--rank", help="CP rank of every 3×3 convolution; 0 is dense.")] = 0,
-    compress_rate: Annotated[str | None, typer.Option("-cpr", "--compress-rate", help="Pruning rates, as in NORTON.")] = None,
+    compress_rate: Annotated[
+        str | None, typer.Option("-cpr", "--compress-rate", help="Pruning rates, as in NORTON.")
+    ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Logits; the architecture's own by default.")] = None,
     input_size: Input = None,
     as_json: Json = False,
@@ -204,7 +222,7 @@ def complexity(
         fewer = document.get("reduction_percent", {}).get(name)
         shares = [f"{fewer['macs']:.2f} %", f"{fewer['params']:.2f} %"] if fewer else ["", ""]
         cells.append([name, report.thousands(count.macs), shares[0], report.thousands(count.params), shares[1]])
-    title = f"{arch} at {'×'.join(map(str, size))}" + (f", rank {rank}" if rank else "")
+    title = f"{arch} at {report.by(size)}" + (f", rank {rank}" if rank else "")
     out.print(report.table(["convention", "MACs", "fewer", "parameters", "fewer"], cells, title=title))
     if bare != params:
         out.print(f"parameters without block biases (as the NORTON README counts): {report.thousands(bare)}")
@@ -237,7 +255,9 @@ def env(as_json: Json = False) -> None:
     if as_json:
         _print_json(found)
         return
-    gpus = ", ".join(f"{gpu['name']} (sm_{gpu['capability'].replace('.', '')})" for gpu in found["gpus"]) or "none visible"
+    gpus = (
+        ", ".join(f"{gpu['name']} (sm_{gpu['capability'].replace('.', '')})" for gpu in found["gpus"]) or "none visible"
+    )
     cells: list[list[object]] = [
         ["fastrank", found["fastrank"]],
         ["python", found["python"]],
@@ -246,10 +266,15 @@ def env(as_json: Json = False) -> None:
         ["gpu", gpus],
         *([name, version or "not installed"] for name, version in found["packages"].items()),
         *([f"fastrank.{name}", state] for name, state in found["compiled"].items()),
+        ["built for", ", ".join(found["build"].get("archs") or []) or "no GPU"],
     ]
     out.print(report.table(["", ""], cells, left=2))
     ops = [
-        [op, ", ".join(b for b, reason in backends.items() if not reason), "; ".join(f"{b}: {r}" for b, r in backends.items() if r)]
+        [
+            op,
+            ", ".join(b for b, reason in backends.items() if not reason),
+            "; ".join(f"{b}: {r}" for b, r in backends.items() if r),
+        ]
         for op, backends in found["backends"].items()
     ]
     out.print(report.table(["operator", "backends here", "not here, because"], ops, left=3))
@@ -260,7 +285,11 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, ImportError, OSError) as error:
-        message = str(error) if not isinstance(error, OSError) or error.filename is None else f"{error.strerror}: {error.filename}"
+        message = (
+            str(error)
+            if not isinstance(error, OSError) or error.filename is None
+            else f"{error.strerror}: {error.filename}"
+        )
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"fastrank: {message}", markup=False)
         sys.exit(2)
     except RuntimeError as error:

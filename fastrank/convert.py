@@ -6,6 +6,7 @@ All new layers are built before the first one is put in place, so that an error 
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,16 +37,19 @@ def sites(model: nn.Module) -> list[Site]:
     """Every convolution of `model` (subclasses of nn.Conv2d too), shared ones once, in the order of the modules."""
     if not isinstance(model, nn.Module):
         raise _checks.fail_type("model", "a torch.nn.Module", model)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     owners: dict[int, list[str]] = {}
-    for name, conv in found:
-        owners.setdefault(id(conv.weight), []).append(name)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name or "the model itself")
     result = []
-    for name, conv in found:
+    for name, conv in model.named_modules():
+        if not isinstance(conv, nn.Conv2d):
+            continue
         reason = why_not_factorable(conv)
-        others = [other for other in owners[id(conv.weight)] if other != name]
-        if not reason and others:
-            reason = f"it shares its weight with {others[0]}"
+        for kind in ("weight", "bias"):
+            others = [] if reason or getattr(conv, kind) is None else owners[id(getattr(conv, kind))]
+            if len(others) > 1:
+                reason = f"it shares its {kind} with {next(other for other in others if other != name)}"
         if not reason and not bool(torch.isfinite(conv.weight.detach()).all()):
             reason = "its weight holds NaN or infinite values"
         result.append(Site(name, conv, reason))
@@ -55,7 +59,8 @@ def sites(model: nn.Module) -> list[Site]:
 def input_sizes(model: nn.Module, example_input: Tensor) -> dict[str, Pair]:
     """(H, W) of the map that each convolution, dense or factored, sees first when `model` runs on `example_input`.
 
-    The model runs once in eval mode without gradients and is left as it was.
+    The model runs once in eval mode without gradients and is left as it was. Raises ValueError where it
+    refuses the input.
     """
     if not isinstance(example_input, Tensor):
         raise _checks.fail_type("example_input", "a torch.Tensor", example_input)
@@ -64,10 +69,11 @@ def input_sizes(model: nn.Module, example_input: Tensor) -> dict[str, Pair]:
     training = {module: module.training for module in model.modules()}
 
     def record(name: str) -> None:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sizes.setdefault(name, (args[0].shape[-2], args[0].shape[-1]))
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = next(iter((*args, *kwargs.values())))
+            sizes.setdefault(name, (x.shape[-2], x.shape[-1]))
 
-        handles.append(module.register_forward_pre_hook(hook))
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     try:
         for name, module in model.named_modules():
@@ -76,6 +82,9 @@ def input_sizes(model: nn.Module, example_input: Tensor) -> dict[str, Pair]:
         model.eval()
         with torch.no_grad():
             model(example_input)
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        reason, shape = str(error).partition("\n")[0], tuple(example_input.shape)
+        raise _checks.fail("example_input", "a batch that the model accepts", f"shape {shape}: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -119,11 +128,16 @@ def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool
     replacements: dict[nn.Module, nn.Module] = {}
     applied: dict[str, LayerPlan] = {}
     for name, layer in plan.layers.items():
-        _checks.choice("plan.layers", name, known)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise _checks.fail("plan.layers", "names of convolutions of the model", f"{name!r}{hint}")
         site = known[name]
         if layer.method != "dense":
             if site.reason:
-                raise ValueError(f"plan.layers[{name!r}] must be dense for a layer that cannot be factored: {site.reason}")
+                raise ValueError(
+                    f"plan.layers[{name!r}] must be dense for a layer that cannot be factored: {site.reason}"
+                )
             _check_ranks(layer, tuple(site.conv.weight.shape), f"plan.layers[{name!r}]: ")
             layer = guarded(site.conv, layer, "params") if guard else layer
         applied[name] = layer
@@ -141,7 +155,7 @@ def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool
 
 
 def guarded(conv: nn.Conv2d, layer: LayerPlan, cost: str, in_size: Pair = (1, 1)) -> LayerPlan:
-    """`layer`, or dense with the reason where the factored form is not cheaper; cost: "params" or "macs" on `in_size`."""
+    """`layer`, or dense with a reason where the factored form is not cheaper; cost: "params" or "macs" on `in_size`."""
     if cost == "params":
         dense = conv.weight.numel()
         factored = sum(stage.weights for stage in factored_stages(conv, layer, any_size(conv)))
@@ -152,7 +166,9 @@ def guarded(conv: nn.Conv2d, layer: LayerPlan, cost: str, in_size: Pair = (1, 1)
         return layer
     ranks = "×".join(map(str, layer.ranks))
     unit = "weights" if cost == "params" else "multiply-adds"
-    return LayerPlan("dense", (), f"{layer.method} at rank {ranks} takes {factored:,} {unit}, the dense layer {dense:,}")
+    return LayerPlan(
+        "dense", (), f"{layer.method} at rank {ranks} takes {factored:,} {unit}, the dense layer {dense:,}"
+    )
 
 
 def build(conv: nn.Conv2d, layer: LayerPlan) -> nn.Module:
@@ -187,6 +203,11 @@ def any_size(conv: nn.Conv2d) -> Pair:
 def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
     """A deep copy of `model` in which the replacements stand for their convolutions (which are not copied)."""
     memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
+    for module in model.modules():
+        for value in vars(module).values():
+            # Weights that weight_norm or a pruning mask computed: deepcopy refuses them, forward computes them anew.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 
 

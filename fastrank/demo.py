@@ -26,13 +26,14 @@ from fastrank.plan import Plan
 LAYER = "conv3"  # the inserted 128→256 convolution that the README's figure is about
 IMAGE_SIZE = 16
 LATENCY_BATCH = 64
-RULES: dict[str, tuple[str, dict[str, float]]] = {
-    "p = 92 %": ("nrmf", {"energy": 0.92}),
-    "p = 95 %": ("nrmf", {"energy": 0.95}),
-    "p = 98 %": ("nrmf", {"energy": 0.98}),
+# What chooses the ranks: the share p of the energy kept, or EVBMF.
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "92 %": ("nrmf", {"energy": 0.92}),
+    "95 %": ("nrmf", {"energy": 0.95}),
+    "98 %": ("nrmf", {"energy": 0.98}),
     "EVBMF": ("vbmf", {}),
 }
-SAVED = ("NRMF", "p = 95 %")
+SAVED = ("NRMF", "95 %")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class Settings:
 
     def tuning(self) -> train.TrainConfig:
         """Of the factored ones."""
-        return train.TrainConfig(self.finetune_epochs, self.batch_size, self.finetune_lr, shift=self.shift, seed=self.seed)
+        return train.TrainConfig(
+            self.finetune_epochs, self.batch_size, self.finetune_lr, shift=self.shift, seed=self.seed
+        )
 
 
 def run(
@@ -72,7 +75,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo into the folder `out` and return what `summary.json` holds.
 
-    Writes summary.json, singular_values.png, ranks.png, plan.json and model.safetensors (the NRMF, p = 95 % row).
+    Writes summary.json, singular_values.png, ranks.png, plan.json and model.safetensors (the NRMF, 95 % row).
     `say` receives one line a stage.
     """
     settings = Settings() if settings is None else settings
@@ -110,7 +113,7 @@ def run(
             plan = make_plan(network, method, example_input=batch[:1], **options)
             compressed = convert.compress(network, plan)
             converted = train.evaluate(compressed, held_out).top1
-            label = f"tune {name}, {rule}"
+            label = f"tune {name} {rule}"
             train.fit(compressed, training_set, held_out, settings.tuning(), label=label, progress=progress)
             tuned[name, rule] = compressed
             rows.append(
@@ -130,23 +133,24 @@ def run(
     times = _times(dense["plain"], tuned, batch, settings.rounds)
     baseline = times["dense"].p50_us
     for row in rows:
-        time_us = times[f"{row['training']}, {row['rule']}"]
+        time_us = times[f"{row['training']} {row['rule']}"]
         row.update(latency=asdict(time_us), speedup=baseline / time_us.p50_us)
-    summary = {
+    summary: dict[str, Any] = {
         "fastrank": __version__,
         "machine": {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()},
         "settings": asdict(settings),
         "data": {"train": len(training_set), "held_out": len(held_out), "image_size": IMAGE_SIZE},
         "dense": {
-            name: {"accuracy": train.evaluate(network, held_out).top1, **_cost(network)} for name, network in dense.items()
+            name: {"accuracy": train.evaluate(network, held_out).top1, **_cost(network)}
+            for name, network in dense.items()
         },
         "dense_latency": {"batch": LATENCY_BATCH, **asdict(times["dense"])},
         "rows": rows,
     }
     io.save(tuned[SAVED], out / "model.safetensors")
-    plan = tuned[SAVED].fastrank_plan
-    assert isinstance(plan, Plan)
-    plan.save(out / "plan.json")
+    saved_plan = tuned[SAVED].fastrank_plan
+    assert isinstance(saved_plan, Plan)
+    saved_plan.save(out / "plan.json")
     _plots(out, dense, rows)
     summary["seconds"] = time.perf_counter() - started
     _atomic.write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -161,7 +165,7 @@ def _cost(network: nn.Module) -> dict[str, int]:
 def _times(
     dense: nn.Module, tuned: dict[tuple[str, str], nn.Module], batch: Tensor, rounds: int
 ) -> dict[str, latency.Latency]:
-    contenders = {"dense": dense, **{f"{name}, {rule}": network for (name, rule), network in tuned.items()}}
+    contenders = {"dense": dense, **{f"{name} {rule}": network for (name, rule), network in tuned.items()}}
     return latency.compare(contenders, batch, rounds=rounds)
 
 
@@ -177,7 +181,9 @@ def _plots(out: Path, dense: dict[str, nn.Module], rows: list[dict[str, Any]]) -
         }
         for mode, side in sides.items()
     }
-    report.plot_spectra(out / "singular_values.png", spectra, title="Singular values of the inserted 128→256 convolution")
+    report.plot_spectra(
+        out / "singular_values.png", spectra, title="Singular values of the inserted 128→256 convolution"
+    )
     layers = sorted({layer for row in rows for layer in row["ranks"]})
     panels: dict[str, dict[str, list[int]]] = {}
     limits: dict[str, int] = {}
@@ -186,7 +192,9 @@ def _plots(out: Path, dense: dict[str, nn.Module], rows: list[dict[str, Any]]) -
         assert isinstance(kernel, Tensor)
         full = decompose.tucker.max_ranks(tuple(kernel.shape))
         for index, side in enumerate(("R_in", "R_out")):
-            panel = f"{layer}, {side}"
+            if full[index] == 1:
+                continue
+            panel = f"{layer} {side} (full rank {full[index]})"
             limits[panel] = full[index]
             # A layer that stays dense keeps its full rank.
             panels[panel] = {
@@ -197,27 +205,33 @@ def _plots(out: Path, dense: dict[str, nn.Module], rows: list[dict[str, Any]]) -
 
 
 def tables(summary: dict[str, Any]) -> list[Any]:
-    """The summary as a terminal table: one row a network."""
+    """The summary as two terminal tables: what every network costs and reaches, and its ranks a layer."""
     dense, base = summary["dense"], summary["dense"]["plain"]
-    cells: list[list[object]] = []
+    costs: list[list[object]] = []
+    chosen: list[list[object]] = []
     for name, row in dense.items():
         time_ms = f"{summary['dense_latency']['p50_us'] / 1000:.2f}" if name == "plain" else ""
-        cells.append([f"{name}, dense", "", *_costs(row, base), f"{row['accuracy']:.2f}", "", "", time_ms, ""])
+        costs.append([f"{name} dense", *_costs(row, base), f"{row['accuracy']:.2f}", "", "", time_ms, ""])
+    layers = sorted({layer for row in summary["rows"] for layer in (*row["ranks"], *row["kept_dense"])})
     for row in summary["rows"]:
-        chosen = ", ".join(f"{layer} {report.ranks_text(value)}" for layer, value in row["ranks"].items())
+        network = f"{row['training']} {row['rule']}"
         accuracy = [f"{row[f'accuracy_{stage}']:.2f}" for stage in ("before", "converted", "finetuned")]
         time_ms = f"{row['latency']['p50_us'] / 1000:.2f}"
-        cells.append([f"{row['training']}, {row['rule']}", chosen, *_costs(row, base), *accuracy, time_ms, f"{row['speedup']:.2f}×"])
-    columns = ["network", "ranks (in×out)", "params", "MACs", "before %", "converted %", "tuned %", "ms", "speed"]
-    title = f"lenet5_nrmf on {summary['data']['held_out']} held-out digits, batches of {summary['dense_latency']['batch']}"
-    return [report.table(columns, cells, title=title, left=2)]
+        costs.append([network, *_costs(row, base), *accuracy, time_ms, f"{row['speedup']:.2f}×"])
+        chosen.append([network, *(report.ranks_text(row["ranks"].get(layer, ())) for layer in layers)])
+    held_out, batch = summary["data"]["held_out"], summary["dense_latency"]["batch"]
+    title = f"lenet5_nrmf: accuracy on {held_out} held-out digits, time of a batch of {batch}"
+    columns = ["network", "params", "MACs", "dense %", "converted %", "tuned %", "ms", "speed"]
+    return [
+        report.table(columns, costs, title=title),
+        report.table(["network", *layers], chosen, title="Ranks a layer, input × output side"),
+    ]
 
 
 def _costs(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
     same = row["params"] == base["params"]
     return [
-        report.short(row[kind]) if same else f"{report.short(row[kind])} (÷{base[kind] / row[kind]:.1f})"
-        for kind in ("params", "macs")
+        report.short(row[kind]) + ("" if same else f" ÷{base[kind] / row[kind]:.1f}") for kind in ("params", "macs")
     ]
 
 
@@ -228,8 +242,9 @@ def reading(summary: dict[str, Any]) -> list[str]:
     base = summary["dense"]["plain"]
     lost = row["accuracy_before"] - row["accuracy_finetuned"]
     return [
-        f"Saved network ({', '.join(SAVED)}): {base['params'] / row['params']:.1f}× fewer parameters and "
+        f"Saved network ({' '.join(SAVED)}): {base['params'] / row['params']:.1f}× fewer parameters and "
         f"{base['macs'] / row['macs']:.1f}× fewer multiply-adds than dense, {row['speedup']:.2f}× its speed here, "
         f"{'loses' if lost >= 0 else 'gains'} {abs(lost):.2f} points.",
-        f"The same rule on the network trained without the regulariser keeps {twin['params'] / row['params']:.1f}× as many parameters.",
+        "The same rule on the network trained without the regulariser keeps "
+        f"{twin['params'] / row['params']:.1f}× as many parameters.",
     ]

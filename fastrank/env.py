@@ -26,7 +26,7 @@ def collect() -> dict[str, Any]:
         "torch": {
             "version": torch.__version__,
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+            "cudnn": _cudnn_version(),
         },
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "packages": {name: _version(name) for name in PACKAGES},
@@ -35,6 +35,11 @@ def collect() -> dict[str, Any]:
         "triton_interpreter": _backends.interpreting(),
         "backends": _backends_here(),
     }
+
+
+def _cudnn_version() -> int | None:
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.version() if cudnn.is_available() else None
 
 
 def _backends_here() -> dict[str, dict[str, str]]:

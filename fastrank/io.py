@@ -1,4 +1,4 @@
-"""Saved models that carry their architecture: safetensors with the origin, the factored layers and the plan in the header.
+"""Saved models that carry their architecture: safetensors with origin, factored layers and plan in the header.
 
 Nothing is ever unpickled, and nothing of a size that the file's own tensors do not confirm is allocated.
 """
@@ -40,7 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     plan = getattr(model, "fastrank_plan", None)
     layers = {
         name: {"type": type(module).__name__, "config": module.config()}
-        for name, module in model.named_modules()
+        for name, module in model.named_modules()  # a shared layer once, under its first name
         if isinstance(module, FactoredConv2d)
     }
     header = {
@@ -57,30 +57,33 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The model that `save` wrote, on the CPU, in the mode it was saved in.
 
-    model: the dense network, for files of networks that fastrank cannot build by name; it is changed in place.
+    model: the dense network, for files of networks that fastrank cannot build by name; it is changed in place, or left
+    alone where the file does not fit it.
     Raises FileNotFoundError, or ValueError with one sentence for a broken, foreign or hostile file.
     """
     tensors, metadata = _files.load_tensors(path)
     header = _header(os.fspath(path), metadata)
+    plan = None
+    if header["plan"] is not None:
+        plan = Plan.from_json(json.dumps(header["plan"]), source=f"{os.fspath(path)}: plan")
     if model is None:
         # The shapes are compared on the meta device first: a header must not be able to ask for memory.
         with torch.device("meta"):
-            _check_shapes(path, _assemble(path, _built(path, header["origin"]), header, tensors), tensors)
+            _assemble(path, _built(path, header["origin"]), header, tensors)
         with torch.random.fork_rng(devices=[]):
             model = _built(path, header["origin"])
     elif not isinstance(model, nn.Module):
         raise _checks.fail_type("model", "a torch.nn.Module or None", model)
     model = _assemble(path, model, header, tensors)
-    _check_shapes(path, model, tensors)
     model.load_state_dict(tensors, assign=True)
-    if header["plan"] is not None:
-        model.fastrank_plan = Plan.from_json(json.dumps(header["plan"]), source=f"{os.fspath(path)}: plan")  # type: ignore[assignment]
+    if plan is not None:
+        model.fastrank_plan = plan  # type: ignore[assignment]
     return model.train(header["training"])
 
 
 def _header(path: str, metadata: dict[str, str]) -> dict[str, Any]:
     try:
-        header = json.loads(metadata[KEY])
+        header: dict[str, Any] = json.loads(metadata[KEY])
     except (KeyError, ValueError, RecursionError) as error:
         raise _checks.fail("path", "a model saved by fastrank.save", f"{path}, whose header holds no model") from error
     wanted: dict[str, tuple[type, ...]] = {
@@ -102,43 +105,79 @@ def _header(path: str, metadata: dict[str, str]) -> dict[str, Any]:
 
 def _built(path: str | os.PathLike[str], origin: dict[str, Any] | None) -> nn.Module:
     if origin is None:
-        raise _checks.fail("model", f"the dense network, since {os.fspath(path)} is of one that has no name here", "None")
+        raise _checks.fail(
+            "model", f"the dense network, since {os.fspath(path)} is of one that has no name here", "None"
+        )
     if set(origin) != {"name", "num_classes", "rank", "compress_rate"}:
-        raise _checks.fail("path", "a model saved by fastrank.save", f"{os.fspath(path)}, whose origin has keys {sorted(origin)}")
-    return models.build(**origin)
+        raise _checks.fail(
+            "path", "a model saved by fastrank.save", f"{os.fspath(path)}, whose origin has keys {sorted(origin)}"
+        )
+    try:
+        return models.build(**origin)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        message = f"{os.fspath(path)}, whose network cannot be built: {str(error).partition(chr(10))[0]}"
+        raise _checks.fail("path", "a model saved by fastrank.save", message) from error
 
 
-def _assemble(path: str | os.PathLike[str], model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    """`model` with the header's factored layers in their places, on the meta device and without values."""
-    for name, entry in header["layers"].items():
-        try:
-            kind, config = LAYERS[entry["type"]], dict(entry["config"])
-            bias = tensors.get(f"{name}.bias" if name else "bias")
-            dtype = next(t.dtype for key, t in tensors.items() if key.startswith(f"{name}." if name else "")) if bias is None else bias.dtype
-            layer = kind(**config, device="meta", dtype=dtype)
-            parent_name, _, attribute = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            replaced = model.get_submodule(name)
-        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            message = f"{os.fspath(path)}, whose layer {name!r} cannot be built: {error or type(error).__name__}"
-            raise _checks.fail("path", "a model saved by fastrank.save", message) from error
-        if not isinstance(replaced, nn.Conv2d | FactoredConv2d):
-            message = f"{os.fspath(path)}, whose layer {name!r} stands for a {type(replaced).__name__}"
-            raise _checks.fail("path", "a model whose factored layers stand for convolutions", message)
-        if name:
-            setattr(parent, attribute, layer.train(replaced.training))
-        else:
-            model = layer.train(replaced.training)
-    return model
+def _assemble(
+    path: str | os.PathLike[str], model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> nn.Module:
+    """`model` with the header's factored layers in their places, on the meta device and without values.
+
+    Raises ValueError where the tensors do not fit the result; `model` is then as before.
+    """
+    before: list[tuple[nn.Module, str, nn.Module]] = []
+    result = model
+    try:
+        for name, entry in header["layers"].items():
+            layer, replaced = _layer(path, result, name, entry, tensors)
+            if not name:
+                result = layer
+                continue
+            # A shared layer stands at several places and was saved under the first.
+            places = [(p, key) for p in result.modules() for key, child in p._modules.items() if child is replaced]
+            for parent, attribute in places:
+                before.append((parent, attribute, replaced))
+                setattr(parent, attribute, layer)
+        _check_fit(path, result, tensors)
+    except BaseException:
+        for parent, attribute, replaced in before:
+            setattr(parent, attribute, replaced)
+        raise
+    return result
 
 
-def _check_shapes(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _layer(
+    path: str | os.PathLike[str], model: nn.Module, name: str, entry: Any, tensors: dict[str, Tensor]
+) -> tuple[nn.Module, nn.Module]:
+    """The factored layer that the header describes, and the module of `model` that it replaces."""
+    prefix = f"{name}." if name else ""
+    try:
+        kind, config = LAYERS[entry["type"]], dict(entry["config"])
+        dtype = next(tensor.dtype for key, tensor in tensors.items() if key.startswith(prefix))
+        layer = kind(**config, device="meta", dtype=dtype)
+        replaced = model.get_submodule(name)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        message = f"{os.fspath(path)}, whose layer {name!r} cannot be built: {reason}"
+        raise _checks.fail("path", "a model saved by fastrank.save", message) from error
+    if not isinstance(replaced, nn.Conv2d | FactoredConv2d):
+        message = f"{os.fspath(path)}, whose layer {name!r} stands for a {type(replaced).__name__}"
+        raise _checks.fail("path", "a model whose factored layers stand for convolutions", message)
+    return layer.train(replaced.training), replaced
+
+
+def _check_fit(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Every tensor of `model` is in the file, of its shape and of its kind (floating-point or not), and no other."""
+    own = {name: _kind(tensor) for name, tensor in model.state_dict().items()}
+    given = {name: _kind(tensor) for name, tensor in tensors.items()}
     for name in [*own, *tensors]:
-        have = tuple(tensors[name].shape) if name in tensors else None
-        if own.get(name) != have:
-            found = f"{os.fspath(path)}, whose tensor {name!r} is of shape {have} where the network has {own.get(name)}"
+        if own.get(name) != given.get(name):
+            found = (
+                f"{os.fspath(path)}, whose tensor {name!r} is {given.get(name)} where the network has {own.get(name)}"
+            )
             raise _checks.fail("path", "a file whose tensors fit its architecture", found)
 
 
-
+def _kind(tensor: Tensor) -> str:
+    return f"{'floating-point' if tensor.dtype.is_floating_point else tensor.dtype} of shape {tuple(tensor.shape)}"

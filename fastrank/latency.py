@@ -35,6 +35,12 @@ def compare(
     """
     _checks.integer("rounds", rounds, 1)
     _checks.integer("warmup", warmup, 0)
+    if not isinstance(contenders, Mapping):
+        raise _checks.fail_type("contenders", "a mapping of names to models", contenders)
+    for name, contender in contenders.items():
+        if not callable(contender):
+            raise _checks.fail_type(f"contenders[{name!r}]", "callable", contender)
+    _checks.tensor("x", x)
     if not contenders:
         raise _checks.fail("contenders", "at least one model", "none")
     flags = [(m, m.training) for c in contenders.values() if isinstance(c, nn.Module) for m in c.modules()]

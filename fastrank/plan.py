@@ -42,8 +42,12 @@ class LayerPlan:
     reason: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise TypeError(f"method must be a str, got {type(self.method).__name__}")
         if self.method not in LAYER_METHODS:
-            raise ValueError(f"method must be one of {list(LAYER_METHODS)}, got {self.method!r}{_near(self.method, LAYER_METHODS)}")
+            raise ValueError(
+                f"method must be one of {list(LAYER_METHODS)}, got {self.method!r}{_near(self.method, LAYER_METHODS)}"
+            )
         if not isinstance(self.ranks, tuple | list) or any(type(rank) is not int for rank in self.ranks):
             raise TypeError(f"ranks must be ints, got {self.ranks!r}")
         wanted = LAYER_METHODS[self.method]
@@ -73,7 +77,13 @@ class Plan:
             raise TypeError(f"layers must be a mapping of layer name to LayerPlan, got {type(self.layers).__name__}")
         for name, layer in self.layers.items():
             if not isinstance(name, str) or not isinstance(layer, LayerPlan):
-                raise TypeError(f"layers must map str to LayerPlan, got {type(name).__name__} to {type(layer).__name__}")
+                raise TypeError(
+                    f"layers must map str to LayerPlan, got {type(name).__name__} to {type(layer).__name__}"
+                )
+        if not isinstance(self.method, str):
+            raise TypeError(f"method must be a str, got {type(self.method).__name__}")
+        if not isinstance(self.options, Mapping):
+            raise TypeError(f"options must be a mapping, got {type(self.options).__name__}")
 
     @property
     def compressed(self) -> dict[str, LayerPlan]:
@@ -81,7 +91,7 @@ class Plan:
         return {name: layer for name, layer in self.layers.items() if layer.method != "dense"}
 
     def to_json(self) -> str:
-        """The plan as JSON text."""
+        """The plan as JSON text; raises TypeError or ValueError where an option is no JSON."""
         layers = {
             name: {"method": layer.method, "ranks": list(layer.ranks), "reason": layer.reason}
             for name, layer in self.layers.items()
@@ -93,15 +103,21 @@ class Plan:
             "options": dict(self.options),
             "layers": layers,
         }
-        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+        try:
+            return json.dumps(document, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"options must be JSON values, got one that is not: {error}") from error
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "plan") -> Plan:
         """The plan in JSON text; raises ValueError or TypeError with one sentence on anything else."""
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"{source} must be JSON text, got {type(text).__name__}")
         if len(text) > MAX_BYTES:
             raise ValueError(f"{source} must be at most {MAX_BYTES} bytes, got {len(text)}")
         try:
-            document = json.loads(text)
+            document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} must be JSON, got text that is not: {error}") from error
         _keys(source, document, ("format", "version", "layers"), ("method", "options"))
@@ -121,7 +137,9 @@ class Plan:
             where = f"{source}.layers[{name!r}]"
             _keys(where, entry, ("method",), ("ranks", "reason"))
             try:
-                layers[name] = LayerPlan(entry["method"], _ranks(where, entry.get("ranks", [])), entry.get("reason", ""))
+                layers[name] = LayerPlan(
+                    entry["method"], _ranks(where, entry.get("ranks", [])), entry.get("reason", "")
+                )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{where}: {error}") from error
         return cls(layers, method, options)
@@ -141,6 +159,20 @@ class Plan:
             raise ValueError(f"plan must be at most {MAX_BYTES} bytes, got {os.path.getsize(path)}")
         with open(path, "rb") as file:
             return cls.from_json(file.read(), source=os.fspath(path))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; JSON leaves open which of two equal keys counts."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _ranks(where: str, value: Any) -> tuple[int, ...]:

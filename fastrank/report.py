@@ -16,9 +16,19 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None, left: int = 1) -> Table:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None, left: int = 1
+) -> Table:
     """A terminal table; the first `left` columns are text, the others numbers, aligned right."""
-    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=_box(), pad_edge=False)
+    result = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=_box(),
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for index, column in enumerate(columns):
         result.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold")
     for row in rows:
@@ -39,9 +49,14 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def by(sizes: Sequence[int]) -> str:
+    """(3, 224, 224) -> "3×224×224"."""
+    return "×".join(map(str, sizes))
+
+
 def ranks_text(ranks: Sequence[int]) -> str:
     """(144, 141) -> "144×141"; no ranks -> "dense"."""
-    return "×".join(map(str, ranks)) if ranks else "dense"
+    return by(ranks) if ranks else "dense"
 
 
 def plot_spectra(
@@ -51,7 +66,7 @@ def plot_spectra(
     figure, axes = _figure(1, len(panels), width=5.2 * len(panels), height=3.8)
     for ax, (name, curves) in zip(axes[0], panels.items(), strict=True):
         for colour, (label, values) in zip(COLOURS, curves.items(), strict=False):
-            share = [value / values[0] for value in values]
+            share = [value / (values[0] or 1.0) for value in values]  # a dead layer has no scale
             ax.plot(range(1, len(share) + 1), share, color=colour, linewidth=2, label=label)
         ax.set_title(name, loc="left", fontsize=10)
         ax.set_xlabel("index i")
@@ -71,23 +86,26 @@ def plot_ranks(
     *,
     title: str,
 ) -> None:
-    """Grouped bars of chosen ranks: a panel a factor, a group a rule, a bar a model; the dashed line is the full rank."""
-    figure, axes = _figure(1, len(panels), width=max(3.2 * len(panels), 6.4), height=3.6)
-    for ax, (name, series) in zip(axes[0], panels.items(), strict=True):
+    """Grouped bars of chosen ranks: a panel a factor, a group a rule, a bar a model; dashed at the full rank."""
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = _figure(lines, columns, width=max(3.4 * columns, 6.4), height=2.7 * lines + 0.7)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (name, series) in zip(axes.flat, panels.items(), strict=False):
         width = 0.8 / max(len(series), 1)
         for index, (colour, (label, values)) in enumerate(zip(COLOURS, series.items(), strict=False)):
             places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
             bars = ax.bar(places, values, width * 0.94, color=colour, label=label)
             ax.bar_label(bars, fontsize=7, padding=1)
         ax.axhline(limits[name], color="#888888", linewidth=1, linestyle="--")
-        ax.text(len(groups) - 0.5, limits[name], f"full rank {limits[name]}", fontsize=7, color="#666666", ha="right", va="bottom")
         ax.set_ylim(0, limits[name] * 1.15)
         ax.set_xticks(range(len(groups)), groups)
         ax.set_title(name, loc="left", fontsize=10)
+        ax.set_ylabel("rank")
         _tidy(ax)
-    axes[0][0].set_ylabel("rank")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="upper right", ncols=len(labels))
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
     _write(figure, path, title)
 
 

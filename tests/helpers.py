@@ -1,4 +1,4 @@
-"""What several test files share: layouts, errors, planted kernels, and the suite that both factored convolutions pass."""
+"""What several test files share: layouts, errors, planted kernels, the suite that both factored convolutions pass."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ class FactoredConvSuite:
     def overload():
         raise NotImplementedError
 
-    def factors(self, i: int, o: int, kernel: tuple[int, int], rank: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    def factors(
+        self, i: int, o: int, kernel: tuple[int, int], rank: int, dtype: torch.dtype, seed: int = 0
+    ) -> list[Tensor]:
         raise NotImplementedError
 
     def merge(self, *factors: Tensor) -> Tensor:
@@ -130,7 +132,9 @@ class FactoredConvSuite:
     def test_equals_the_merged_convolution_in_every_geometry(self, kernel, batch):
         factors = self.factors(4, 3, kernel, 1, torch.float64)
         x = randn(batch, 4, 7, 9, dtype=torch.float64)
-        for stride, dilation, padding in itertools.product((1, (2, 1), 3), (1, (1, 2)), (0, 2, (1, 3), "same", "valid")):
+        for stride, dilation, padding in itertools.product(
+            (1, (2, 1), 3), (1, (1, 2)), (0, 2, (1, 3), "same", "valid")
+        ):
             if padding != "same" or stride == 1:
                 self.compare(x, factors, None, stride=stride, dilation=dilation, padding=padding)
 
@@ -151,7 +155,10 @@ class FactoredConvSuite:
         leaves = [randn(3, 4, 6, 5), *self.factors(4, 3, (3, 2), 2, torch.float32), randn(3, seed=5)]
         geometry = {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1)}
         grads = []
-        for dtype, function in ((torch.float32, self.op), (torch.float64, lambda x, *f, **g: self.oracle(x, f[:-1], f[-1], **g))):
+        for dtype, function in (
+            (torch.float32, self.op),
+            (torch.float64, lambda x, *f, **g: self.oracle(x, f[:-1], f[-1], **g)),
+        ):
             own = [leaf.to(dtype).clone().requires_grad_() for leaf in leaves]
             out = function(lay_out(own[0], layout), *own[1:], **geometry)
             grads.append(torch.autograd.grad((out * out.detach().cos()).sum(), own))
@@ -168,9 +175,15 @@ class FactoredConvSuite:
             torch.testing.assert_close(found, wanted[index])
 
     @pytest.mark.parametrize("backend", ["sequence", "dense"])
-    @pytest.mark.parametrize("geometry", [{}, {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}, {"padding": "same"}])
+    @pytest.mark.parametrize(
+        "geometry", [{}, {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}, {"padding": "same"}]
+    )
     def test_first_and_second_derivatives(self, geometry, backend):
-        inputs = [randn(2, 2, 5, 6, dtype=torch.float64), *self.factors(2, 2, (2, 3), 2, torch.float64), randn(2, seed=3, dtype=torch.float64)]
+        inputs = [
+            randn(2, 2, 5, 6, dtype=torch.float64),
+            *self.factors(2, 2, (2, 3), 2, torch.float64),
+            randn(2, seed=3, dtype=torch.float64),
+        ]
         inputs = [i.requires_grad_() for i in inputs]
 
         def function(*leaves):

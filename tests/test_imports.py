@@ -1,4 +1,4 @@
-"""The import rules of the house, read off the syntax trees: truth below kernels, kernels below layers, nobody upward."""
+"""The import rules of the house, off the syntax trees: truth below kernels, kernels below layers, nobody upward."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def test_every_room_has_a_rule() -> None:
 def test_triton_kernels_import_torch_and_triton_alone(path: Path) -> None:
     for module, _ in imports(path):
         head = module.partition(".")[0]
-        assert head in {"torch", "triton"} | set(sys.stdlib_module_names) or module.startswith("fastrank.triton_kernels")
+        assert head in {"torch", "triton"} | set(sys.stdlib_module_names) or module.startswith(
+            "fastrank.triton_kernels"
+        )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))

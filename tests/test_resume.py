@@ -41,12 +41,12 @@ class Pull(Regularizer):
     """Pulls a weight towards its running mean every second step: state in a tensor, a counter and a list."""
 
     def __init__(self, model: nn.Module, stop_at: int | None = None) -> None:
-        self.weight, self.stop_at = model.get_parameter("0.weight"), stop_at
+        self.weight, self._stop_at = model.get_parameter("0.weight"), stop_at
         self.mean, self.steps, self.norms = torch.zeros_like(self.weight), 0, [0.0]
 
     def add_gradients(self) -> None:
         assert self.weight.grad is not None
-        if self.stop_at is not None and self.steps >= self.stop_at:
+        if self._stop_at is not None and self.steps >= self._stop_at:
             raise KeyboardInterrupt
         if self.steps % 2:
             self.weight.grad.add_(self.weight.detach() - self.mean, alpha=0.1)
@@ -63,7 +63,8 @@ class Pull(Regularizer):
         return {"mean": self.mean, "counters": {"steps": self.steps}, "norms": self.norms, "unused": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.steps, self.norms = state["mean"], state["counters"]["steps"], state["norms"]
+        self.mean = state["mean"].to(self.weight.device)
+        self.steps, self.norms = state["counters"]["steps"], state["norms"]
 
 
 def run(folder: Path, *, epochs: int = 3, stop_at: int | None = None, **options: Any) -> History:
@@ -74,7 +75,7 @@ def run(folder: Path, *, epochs: int = 3, stop_at: int | None = None, **options:
     data = ImageSet(pixels, labels, classes=4)
     torch.manual_seed(1)
     layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(144, 4)]
-    model = nn.Sequential(*layers)
+    model = nn.Sequential(*layers).to(options.get("device", "cpu"))
     config = TrainConfig(**{"epochs": epochs, "batch_size": 16, "lr": 0.05, "shift": 1, **options})
     return fit(model, data, data, config, regularizers=[Pull(model, stop_at)], run_dir=folder, progress=False)
 
@@ -114,6 +115,17 @@ def test_interrupted_with_a_gradient_scaler(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", amp="fp16", epochs=2, stop_at=7, checkpoint_steps=2)
     run(tmp_path / "cut", amp="fp16", epochs=2, checkpoint_steps=2)
+    assert same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [False, "fp16"])
+def test_interrupted_on_a_gpu(tmp_path: Path, amp: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    run(tmp_path / "whole", amp=amp, device="cuda")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", amp=amp, stop_at=7, checkpoint_steps=3, device="cuda")
+    run(tmp_path / "cut", amp=amp, device="cuda")
     assert same(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -177,7 +189,7 @@ def _small(width: int = 4, **options: Any) -> nn.Module:
     model[1].requires_grad_(not options.pop("frozen", False))
     count = options.pop("count", 8)
     data = ImageSet(torch.rand(count, 1, 2, 2), torch.arange(count) % 2, classes=2)
-    regularizers = [Zero() for _ in range(options.pop("regularizers", 0))]
+    regularizers = [Zero(strength) for strength in options.pop("regularizers", [1.0])]
     run_dir = options.pop("run_dir")
     config = TrainConfig(**{"epochs": 1, "batch_size": 4, "lr": 0.1, **options})
     try:
@@ -189,6 +201,11 @@ def _small(width: int = 4, **options: Any) -> nn.Module:
 
 
 class Zero(Regularizer):
+    """No penalty, and yet a setting."""
+
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength, self.powers = strength, (1, 2)
+
     def add_gradients(self) -> None: ...
 
     def value(self) -> Tensor:
@@ -204,7 +221,8 @@ class Zero(Regularizer):
         ({"count": 12}, "train_data length 8 where this run has 12"),
         ({"width": 5}, r"model tensor 1\.weight \(4, 4\) float32 where this run has \(5, 4\) float32"),
         ({"frozen": True}, r"requires_grad of 1\.weight True where this run has False"),
-        ({"regularizers": 1}, r"regularizers \[\] where this run has \['Zero'\]"),
+        ({"regularizers": []}, r"regularizers \['Zero'\] where this run has \[\]"),
+        ({"regularizers": [2.0]}, r"regularizers\[0\]\.strength 1\.0 where this run has 2\.0"),
     ],
 )
 def test_another_run_is_refused_by_its_first_difference(
@@ -245,7 +263,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         ("history", [3]),
         ("history", [{"epoch": 1}]),
         ("scaler", {"scale": "big"}),
-        ("regularizers", [{}]),
+        ("regularizers", []),
         ("seconds", None),
     ],
 )

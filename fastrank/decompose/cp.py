@@ -101,7 +101,7 @@ def _khatri_rao(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _solve(unfolding: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Least squares of one factor given the other two: (PPᵀ ∘ QQᵀ + ridge) X = KR(P, Q) · unfolding, filter by filter."""
+    """Least squares of one factor given the other two: (PPᵀ ∘ QQᵀ + ridge) X = KR(P, Q) · unfolding, a filter each."""
     gram = (p @ p.mT) * (q @ q.mT)
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)
     # A zero filter has a zero Gram matrix: any positive ridge then gives the right answer, zero.

@@ -26,7 +26,8 @@ def channel_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def spatial_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A kernel (O, I, kh, kw) as kh×1 (I→R) then 1×kw (R→O): vertical (R, I, kh, 1), horizontal (O, R, 1, kw).
 
-    All of S is in the second. rank: between 1 and min(I·kh, O·kw), at which the product is exact. Raises as `channel_svd`.
+    All of S is in the second. rank: between 1 and min(I·kh, O·kw), at which the product is exact. Raises as
+    `channel_svd`.
     """
     matrix = unfold(weight, "spatial")
     _checks.integer("rank", rank, 1, min(matrix.shape))
@@ -39,7 +40,7 @@ def spatial_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def decoupled_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Each filter (I, kh·kw) as R terms pointwise ∘ depthwise: pointwise (R, O, I), depthwise (R, O, kh, kw), √S on both.
+    """Each filter (I, kh·kw) as R terms: pointwise (R, O, I) ∘ depthwise (R, O, kh, kw), √S on both.
 
     rank: between 1 and min(I, kh·kw), at which the sum is exact. Raises as `channel_svd`.
     """

@@ -77,11 +77,13 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     finer than float32 itself; for float64 from an SVD. Where rank > n (HOOI's projections may be that narrow) any
     orthonormal vectors complete them.
     """
+    u: Tensor
     if rank > matrix.shape[1]:
-        return torch.linalg.svd(matrix, full_matrices=True).U[:, :rank]
-    if matrix.dtype == torch.float64 or matrix.shape[0] > matrix.shape[1]:
+        u, _, _ = torch.linalg.svd(matrix, full_matrices=True)
+    elif matrix.dtype == torch.float64 or matrix.shape[0] > matrix.shape[1]:
         ((u, _, _),) = ops.svd([matrix])
-        return u[:, :rank]
-    wide = matrix.double()
-    _, vectors = torch.linalg.eigh(wide @ wide.T)
-    return vectors[:, -rank:].flip(1).to(matrix.dtype)
+    else:
+        wide = matrix.double()
+        _, vectors = torch.linalg.eigh(wide @ wide.T)
+        u = vectors.flip(1).to(matrix.dtype)
+    return u[:, :rank]

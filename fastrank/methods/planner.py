@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -62,12 +63,13 @@ def make_plan(
     budget: {"macs": share} or {"params": share} of the whole dense model; sets the energy so that the compressed model
     costs at most that (multiply-adds of convolutions and linear layers), and is an error where no energy does. "macs"
     needs example_input.
-    skip: layer names, or patterns such as "layer1.*", to leave dense.
+    skip: names of convolutions, or patterns such as "layer1.*", to leave dense; each has to match one.
     Raises ValueError or TypeError, naming the argument.
     """
     chosen = METHODS[_checks.choice("method", method, METHODS)]
     settings = _settings(chosen, method, options)
     found = convert.sites(model)
+    _check_skip(skip, [site.name for site in found])
     sizes = {} if example_input is None else convert.input_sizes(model, example_input)
     candidates: dict[str, Candidate] = {}
     fixed: dict[str, LayerPlan] = {}
@@ -108,9 +110,21 @@ def _settings(chosen: Method, method: str, options: dict[str, Any]) -> dict[str,
     settings = {**chosen.defaults, **options}
     if "energy" in settings:
         settings["energy"] = _checks.number("energy", settings["energy"], 0.0, 1.0, open_low=True)
+    if "rank" in settings:
+        _checks.integer("rank", settings["rank"], 1)
     if settings.get("threshold") is not None:
         settings["threshold"] = _checks.number("threshold", settings["threshold"], 0.0)
     return settings
+
+
+def _check_skip(skip: Any, names: list[str]) -> None:
+    if not isinstance(skip, tuple | list) or not all(isinstance(pattern, str) for pattern in skip):
+        raise _checks.fail_type("skip", "a list of layer names or patterns", skip)
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise _checks.fail("skip", "names or patterns of convolutions of the model", f"{pattern!r}{hint}")
 
 
 def _skipped(name: str, skip: tuple[str, ...] | list[str]) -> str:

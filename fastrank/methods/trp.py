@@ -37,7 +37,10 @@ def _propose(scheme: str, layer: Candidate, options: dict[str, Any]) -> LayerPla
         return dense("TRP factors convolutions of stride 1 only")
     spectrum = layer.spectrum(scheme)
     if options["threshold"] is not None:
-        rank, rule = ranks.threshold_rank(spectrum, options["threshold"]), f"singular values from {options['threshold']:g}"
+        rank, rule = (
+            ranks.threshold_rank(spectrum, options["threshold"]),
+            f"singular values from {options['threshold']:g}",
+        )
     else:
         rank = ranks.energy_rank(spectrum, options["energy"])
         rule = f"rank that keeps {options['energy']:.4g} of the energy"

@@ -1,6 +1,7 @@
 """TKD-VBMF: Tucker-2 at the ranks that EVBMF finds in the two unfoldings. The baseline of NRMF, Funnel and MUSCO.
 
-Source: Kim et al., "Compression of deep convolutional neural networks for fast and low power mobile applications", 2016.
+Source: Kim et al., "Compression of deep convolutional neural networks for fast and low power mobile applications",
+2016.
 """
 
 from __future__ import annotations

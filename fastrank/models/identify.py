@@ -23,29 +23,54 @@ def dense_shapes(model: nn.Module) -> Shapes:
         prefix = f"{name}." if name else ""
         for key in list(module.state_dict()):
             del shapes[prefix + key]
-        kernel: Any = (module.out_channels, module.in_channels, *module.kernel_size)  # type: ignore[misc]
+        kernel: Any = (module.out_channels, module.in_channels, *module.kernel_size)
         shapes[f"{prefix}weight"] = kernel
         if module.bias is not None:
             shapes[f"{prefix}bias"] = kernel[:1]
     return shapes
 
 
+def structure(model: nn.Module) -> dict[str, tuple[type, str]]:
+    """Class and settings of every module by name, factored convolutions as the `nn.Conv2d` they stand for."""
+    found: dict[str, tuple[type, str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if callable(getattr(module, "conv_stages", None)):
+            layer: Any = module
+            sizes = (
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+            )
+            module = nn.Conv2d(*sizes, 1, layer.bias is not None, layer.padding_mode, device="meta")
+        found[name] = type(module), module.extra_repr()
+    return found
+
+
 def identify(model: nn.Module) -> dict[str, Any] | None:
-    """The `fastrank_origin` of `model`: as built by `models.build`, or found by its class and shapes; None if unknown."""
+    """The origin with which `models.build` makes the network again; None if there is none.
+
+    The `fastrank_origin` that `models.build` left, or what the class and shapes of a torchvision or timm network tell;
+    either way only where every module has the class, settings and shapes that it would have if built so.
+    """
     known = getattr(model, "fastrank_origin", None)
-    if isinstance(known, dict):
-        return known
-    shapes = dense_shapes(model)
-    for name, classes in _guesses(model):
-        with torch.device("meta"):
-            twin = build(name, num_classes=classes)
-        if type(twin) is type(model) and dense_shapes(twin) == shapes:
-            return {"name": name, "num_classes": classes, "rank": 0, "compress_rate": None}
+    origins = [known] if isinstance(known, dict) else _guesses(model)
+    shapes, modules = dense_shapes(model), structure(model)
+    for origin in origins:
+        try:
+            with torch.device("meta"):
+                twin = build(**origin)
+        except (ImportError, RuntimeError, TypeError, ValueError):
+            continue
+        if dense_shapes(twin) == shapes and structure(twin) == modules:
+            return origin
     return None
 
 
-def _guesses(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Names and class counts worth trying: every builder of the model's torchvision module, or timm's own record."""
+def _guesses(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Origins worth trying: every builder of the model's torchvision module, or timm's own record."""
     where = type(model).__module__
     state = list(model.state_dict().values())
     if where.startswith("torchvision.models.") and state:
@@ -54,9 +79,10 @@ def _guesses(model: nn.Module) -> Iterator[tuple[str, int]]:
         classes = tuple(state[-1].shape)[:1]
         for name in zoo.list_models(module=zoo):
             if classes and zoo.get_model_builder(name).__module__ == where:
-                yield f"torchvision:{name}", classes[0]
+                yield {"name": f"torchvision:{name}", "num_classes": classes[0], "rank": 0, "compress_rate": None}
     elif where.startswith("timm.models."):
         config = getattr(model, "pretrained_cfg", None) or {}
         classes_of_timm = getattr(model, "num_classes", None)
         if isinstance(config.get("architecture"), str) and isinstance(classes_of_timm, int) and classes_of_timm > 0:
-            yield f"timm:{config['architecture']}", classes_of_timm
+            name = f"timm:{config['architecture']}"
+            yield {"name": name, "num_classes": classes_of_timm, "rank": 0, "compress_rate": None}

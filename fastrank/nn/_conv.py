@@ -106,7 +106,9 @@ class FactoredConv2d(nn.Module):
         """x as (N, I, H, W); like `nn.Conv2d`, a single (I, H, W) image is accepted."""
         _checks.tensor("x", x)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise _checks.fail("x", f"of shape (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)", tuple(x.shape))
+            raise _checks.fail(
+                "x", f"of shape (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)", tuple(x.shape)
+            )
         return x if x.dim() == 4 else x[None]
 
     def _out_size(self, in_size: Pair) -> Pair:
@@ -126,6 +128,7 @@ class FactoredConv2d(nn.Module):
         def pick(value: Pair, default: int) -> Pair:
             return value[0] if on_h else default, value[1] if on_w else default
 
+        mode: Any = self.padding_mode if where != "none" else "zeros"
         conv = nn.Conv2d(
             weight.shape[1] * groups,
             weight.shape[0],
@@ -135,7 +138,7 @@ class FactoredConv2d(nn.Module):
             pick(self.dilation, 1),
             groups,
             bias,
-            self.padding_mode if where != "none" else "zeros",
+            mode,
             device="meta",
             dtype=weight.dtype,
         )
@@ -215,6 +218,8 @@ def init_uniform(parameter: Tensor, variance: float) -> None:
 class RankSum(nn.Module):
     """(N, R·O, H, W) -> (N, O, H, W): the sum over R, and the bias once."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, rank: int, out_channels: int, bias: Tensor | None) -> None:
         super().__init__()
         self.rank, self.out_channels = rank, out_channels
@@ -228,6 +233,7 @@ class RankSum(nn.Module):
 
 def rank_sum(z: Tensor, rank: int, out_channels: int, bias: Tensor | None) -> Tensor:
     """(N, R·O, H, W) -> (N, O, H, W) in z's dtype and memory format: the sum over R, and the bias once."""
-    out = z.unflatten(1, (rank, out_channels)).sum(1)
-    out = out if bias is None else out + bias.to(out.dtype)[:, None, None]
+    out = torch.unflatten(z, 1, (rank, out_channels)).sum(1)
+    if bias is not None:
+        out = out + bias.to(out.dtype)[:, None, None]
     return out.contiguous(memory_format=memory_format(z))

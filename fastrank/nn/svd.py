@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from fastrank import _checks, decompose, reference
 from fastrank._stages import ConvStage
-from fastrank.nn._conv import FactoredConv2d, Pair, RankSum, adopt, geometry_of, init_uniform, rank_sum, require_factorable
+from fastrank.nn._conv import (
+    FactoredConv2d,
+    Pair,
+    RankSum,
+    adopt,
+    geometry_of,
+    init_uniform,
+    rank_sum,
+    require_factorable,
+)
 from fastrank.ops import _register
 
 SCHEMES = ("channel", "spatial", "decoupled")

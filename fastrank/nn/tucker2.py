@@ -85,7 +85,9 @@ class FusedTucker2Conv(FactoredConv2d):
         conv = require_factorable(conv)
         factors = decompose.tucker2(conv.weight, ranks, algorithm=algorithm)
         rank_out, rank_in = factors.core.shape[:2]
-        layer = cls(conv.in_channels, conv.out_channels, _pair(conv.kernel_size), (rank_in, rank_out), **geometry_of(conv))
+        layer = cls(
+            conv.in_channels, conv.out_channels, _pair(conv.kernel_size), (rank_in, rank_out), **geometry_of(conv)
+        )
         return adopt(layer, conv, **factors._asdict())
 
     def to_dense(self) -> nn.Conv2d:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrank import _checks
-from fastrank._backends import NAMES as BACKEND_NAMES
+from fastrank import _backends, _checks
 
 Pair = tuple[int, int]
+BACKEND_NAMES = _backends.NAMES
 
 
 def same_padding(kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:

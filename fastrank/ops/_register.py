@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrank import _native
 
 _native.load("_C")
-_library = torch.library.Library("fastrank", "FRAGMENT")
+_library = torch.library.Library("fastrank", "FRAGMENT")  # type: ignore[no-untyped-call]
 SCHEMAS: dict[str, str] = {}
 
 
@@ -36,7 +36,7 @@ def register(
     SCHEMAS[name] = schema
     qualified = f"fastrank::{name}"
     if not hasattr(torch.ops.fastrank, name):
-        _library.define(schema)
+        _library.define(schema)  # type: ignore[no-untyped-call]
     torch.library.impl(qualified, "default", implementation, lib=_library)
     torch.library.register_fake(qualified, fake or implementation, lib=_library)
     if backward is not None:

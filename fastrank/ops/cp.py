@@ -1,4 +1,4 @@
-"""`cp_conv2d`: a convolution whose filters are sums of rank-1 terms (pointwise, vertical, horizontal), as one operator."""
+"""`cp_conv2d`: a convolution whose filters are sums of rank-1 terms (pointwise, vertical, horizontal)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def cp_conv2d(
 ) -> Tensor:
     """Convolve with filters in CP form, W[o] = Σ_r pointwise[r, o] ∘ vertical[r, o] ∘ horizontal[r, o] (NORTON).
 
-    Shapes: x (N, I, H, W), pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw), bias (O,) -> (N, O, H', W').
-    The vertical pass strides along H, the horizontal one along W; padding may be "same" or "valid" (zeros). The output
-    keeps x's memory format. Differentiable in every tensor, twice; the backward pass recomputes the intermediate maps.
-    Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
+    Shapes: x (N, I, H, W), pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw), bias (O,)
+    -> (N, O, H', W'). The vertical pass strides along H, the horizontal one along W; padding may be "same" or "valid"
+    (zeros). The output keeps x's memory format. Differentiable in every tensor, twice; the backward pass recomputes
+    the intermediate maps. Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
 
     backend: "auto" | "sequence" (library convolutions and a sum) | "dense" (one, with the merged kernel) | "reference".
     Raises ValueError or TypeError, naming the argument, on a wrong shape, dtype, device or size.
@@ -50,7 +50,8 @@ def cp_conv2d(
     x, pointwise, vertical, horizontal, bias = _register.autocast(x, pointwise, vertical, horizontal, bias)  # type: ignore[assignment]
     _checks.same_kind(x=x, pointwise=pointwise, vertical=vertical, horizontal=horizontal, bias=bias)
     x, geometry = conv_geometry(x, (vertical.shape[2], horizontal.shape[2]), stride, padding, dilation)
-    return torch.ops.fastrank.cp_conv2d(x, pointwise, vertical, horizontal, bias, *geometry, backend)
+    out: Tensor = torch.ops.fastrank.cp_conv2d(x, pointwise, vertical, horizontal, bias, *geometry, backend)
+    return out
 
 
 def _forward(
@@ -77,7 +78,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = reference.conv.cp_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:4])
+    inputs: Any = (*ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:4])
+    grads = reference.conv.cp_conv2d_backward(grad, *inputs)
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
     return (*grads, grad_bias, None, None, None, None)
 
@@ -91,7 +93,7 @@ _register.register(
 )
 
 
-@register_flop_formula(torch.ops.fastrank.cp_conv2d)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastrank.cp_conv2d)
 def _flops(
     x: tuple[int, ...],
     pointwise: tuple[int, ...],

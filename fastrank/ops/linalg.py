@@ -1,4 +1,4 @@
-"""Spectral operators over lists of matrices of any shapes: SVD, nuclear norm and its sub-gradient, energy projection."""
+"""Spectral operators over lists of matrices of any shapes: SVD, nuclear norm, its sub-gradient, energy projection."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def tucker2_conv2d(
     x, w_in, core, w_out, bias = _register.autocast(x, w_in, core, w_out, bias)  # type: ignore[assignment]
     _checks.same_kind(x=x, w_in=w_in, core=core, w_out=w_out, bias=bias)
     x, geometry = conv_geometry(x, (core.shape[2], core.shape[3]), stride, padding, dilation)
-    return torch.ops.fastrank.tucker2_conv2d(x, w_in, core, w_out, bias, *geometry, backend)
+    out: Tensor = torch.ops.fastrank.tucker2_conv2d(x, w_in, core, w_out, bias, *geometry, backend)
+    return out
 
 
 def _forward(
@@ -76,21 +77,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = reference.conv.tucker2_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:4])
+    inputs: Any = (*ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:4])
+    grads = reference.conv.tucker2_conv2d_backward(grad, *inputs)
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
     return (*grads, grad_bias, None, None, None, None)
 
 
 _register.register(
-    "tucker2_conv2d(Tensor x, Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, str backend) -> Tensor",
+    "tucker2_conv2d(Tensor x, Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, str backend) -> Tensor",
     _forward,
     setup_context=_setup_context,
     backward=_backward,
 )
 
 
-@register_flop_formula(torch.ops.fastrank.tucker2_conv2d)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastrank.tucker2_conv2d)
 def _flops(
     x: tuple[int, ...],
     w_in: tuple[int, ...],

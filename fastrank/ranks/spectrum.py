@@ -19,8 +19,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     wide = matrix.detach() if matrix.shape[0] <= matrix.shape[1] else matrix.detach().T
     work = wide.double()
     if wide.dtype == torch.float64:
-        return torch.linalg.svdvals(work)
+        found: Tensor = torch.linalg.svdvals(work)
+        return found
     # Scaled to a largest entry of 1, so that squares neither overflow nor vanish.
     scale = work.abs().amax() if work.numel() else work.new_ones(())
     work = work / torch.where(scale > 0, scale, torch.ones_like(scale))
-    return torch.linalg.eigvalsh(work @ work.T).flip(0).clamp(min=0).sqrt() * scale
+    squares: Tensor = torch.linalg.eigvalsh(work @ work.T).flip(0).clamp(min=0)
+    return squares.sqrt() * scale

@@ -82,9 +82,13 @@ def cp_conv2d(
     rank, out_channels, _ = pointwise.shape
     z = F.conv2d(x, _pointwise4(pointwise))
     z = F.conv2d(z, _vertical4(vertical), None, *_vertical_geometry(stride, padding, dilation), rank * out_channels)
-    z = F.conv2d(z, _horizontal4(horizontal), None, *_horizontal_geometry(stride, padding, dilation), rank * out_channels)
-    out = z.unflatten(1, (rank, out_channels)).sum(1)
-    return out if bias is None else out + bias[:, None, None]
+    z = F.conv2d(
+        z, _horizontal4(horizontal), None, *_horizontal_geometry(stride, padding, dilation), rank * out_channels
+    )
+    out = torch.unflatten(z, 1, (rank, out_channels)).sum(1)
+    if bias is not None:
+        out = out + bias[:, None, None]
+    return out
 
 
 def cp_weight(pointwise: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
@@ -114,7 +118,9 @@ def cp_conv2d_backward(
     below = need_x or need_point
     # Every rank's map receives the same gradient: the backward of the sum over R.
     grad_z: Tensor | None = grad.unsqueeze(1).expand(-1, pointwise.shape[0], -1, -1, -1).flatten(1, 2)
-    grad_z, grad_horizontal = _step(grad_z, z_vertical, horizontal4, (below or need_vertical, need_horizontal), *along_w)
+    grad_z, grad_horizontal = _step(
+        grad_z, z_vertical, horizontal4, (below or need_vertical, need_horizontal), *along_w
+    )
     grad_z, grad_vertical = _step(grad_z, z_point, vertical4, (below, need_vertical), *along_h)
     grad_x, grad_point = _step(grad_z, x, point4, (need_x, need_point))
     shaped = zip((grad_point, grad_vertical, grad_horizontal), (pointwise, vertical, horizontal), strict=True)

@@ -18,7 +18,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def energy_rank(singular_values: Tensor, energy: float) -> Tensor:
-    """Smallest k with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i², in [1, n], as a 0-d int64 tensor; σ descending, computed in float64.
+    """Smallest k with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i², in [1, n], as a 0-d int64 tensor; σ descending, in float64.
 
     The sum is exactly the last partial sum, so energy = 1 keeps every value that still changes it. Dividing by a power
     of two rounds nothing and keeps the squares of any scale finite. 0 where there are no values.
@@ -38,7 +38,8 @@ def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
     """Σ σ_i as a 0-d tensor."""
-    return torch.linalg.svdvals(working(matrix.detach())).sum()
+    found: Tensor = torch.linalg.svdvals(working(matrix.detach()))
+    return found.sum()
 
 
 def nuclear_subgradient(matrix: Tensor, energy: float | None) -> Tensor:

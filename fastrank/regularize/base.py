@@ -39,7 +39,7 @@ class Regularizer(ABC):
             raise ValueError(f"state must be empty for {type(self).__name__}, got keys {sorted(state)}")
 
     def attach(self, optimizer: Optimizer) -> tuple[RemovableHandle, RemovableHandle]:
-        """Run before and after every ``optimizer.step()``, for loops that never scale gradients; returns both handles."""
+        """Run before and after every ``optimizer.step()``, for loops that never scale gradients; gives both handles."""
         return (
             optimizer.register_step_pre_hook(lambda *_: self.add_gradients()),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def spatial_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise _checks.fail_type("model", "a torch.nn.Module", model)
     kernels = {
-        name: module.weight
+        name: cast(nn.Parameter, module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
         and not why_not_factorable(module)
@@ -61,7 +62,12 @@ class NuclearNorm(Regularizer):
     """
 
     def __init__(
-        self, model: nn.Module, weight: float, *, energy: float | None = None, matricizations: Sequence[str] | str = ("mode3", "mode4")
+        self,
+        model: nn.Module,
+        weight: float,
+        *,
+        energy: float | None = None,
+        matricizations: Sequence[str] | str = ("mode3", "mode4"),
     ) -> None:
         self.weight = _checks.number("weight", weight, 0.0)
         self.energy = None if energy is None else _checks.number("energy", energy, 0.0, 1.0, open_low=True)
@@ -111,4 +117,7 @@ class GramTrace(Regularizer):
 
     def value(self) -> Tensor:
         """weight · Σ‖W‖_F²."""
-        return self.weight * torch.stack([kernel.detach().float().square().sum() for kernel in self.kernels.values()]).sum()
+        return (
+            self.weight
+            * torch.stack([kernel.detach().float().square().sum() for kernel in self.kernels.values()]).sum()
+        )

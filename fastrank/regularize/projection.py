@@ -22,7 +22,13 @@ class LowRankProjection(Regularizer):
     """
 
     def __init__(
-        self, model: nn.Module, *, every: int = 20, energy: float = 0.98, matricization: str = "channel", keep_first: bool = True
+        self,
+        model: nn.Module,
+        *,
+        every: int = 20,
+        energy: float = 0.98,
+        matricization: str = "channel",
+        keep_first: bool = True,
     ) -> None:
         self.every = _checks.integer("every", every, 1)
         self.energy = _checks.number("energy", energy, 0.0, 1.0, open_low=True)

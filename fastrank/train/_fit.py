@@ -45,7 +45,9 @@ def fit(
 
     With `run_dir`, the run is kept in ``run_dir/checkpoint.safetensors``; with `resume`, a checkpoint found there is
     continued, bit for bit as if never interrupted (on a GPU, under deterministic algorithms), and a finished one is
-    restored at once. Afterwards the global random state and every module's training flag are the caller's again.
+    restored at once. It must agree in the configuration, the model's tensors, the number of training images, and the
+    regularisers' classes and plain public attributes (names without a leading underscore, not in their state).
+    Afterwards the global random state and every module's training flag are the caller's again.
     `progress`: a bar on a terminal, a line an epoch elsewhere, both on standard error; False: nothing.
 
     Raises ValueError or TypeError for a wrong argument or the checkpoint of another run, RuntimeError, naming epoch and
@@ -53,6 +55,7 @@ def fit(
     """
     if not isinstance(config, TrainConfig):
         raise _checks.fail_type("config", "a TrainConfig", config)
+    regularizers = tuple(regularizers)
     for regularizer in regularizers:
         if not isinstance(regularizer, Regularizer):
             raise _checks.fail_type("regularizers", "a sequence of fastrank.regularize.Regularizer", regularizer)

@@ -58,11 +58,7 @@ class Loop:
             scaler=GradScaler(device.type, enabled=self.dtype == torch.float16),
             regularizers=regularizers,
             device=device,
-            identity={
-                **config.identity(),
-                "train_data length": images,
-                "regularizers": [type(regularizer).__name__ for regularizer in regularizers],
-            },
+            identity={**config.identity(), "train_data length": images, **_settings(regularizers)},
             totals=torch.zeros(3, dtype=torch.float64, device=device),
         )
         self.run.optimizer.register_step_post_hook(lambda *_: setattr(self, "stepped", True))
@@ -182,6 +178,21 @@ class Loop:
     def diverged(self, what: str) -> RuntimeError:
         kept = f"; the last checkpoint, {self.path}, is kept" if self.path is not None and self.path.exists() else ""
         return RuntimeError(f"{self.label} diverged: {what}; try a lower lr or clip_norm{kept}")
+
+
+def _settings(regularizers: Sequence[Regularizer]) -> dict[str, Any]:
+    """The classes of the regularisers and, as far as plain public attributes show them, their settings."""
+    plain = (bool, int, float, str, type(None))
+    settings: dict[str, Any] = {"regularizers": [type(regularizer).__name__ for regularizer in regularizers]}
+    for position, regularizer in enumerate(regularizers):
+        state = regularizer.state_dict()
+        for name, value in vars(regularizer).items():
+            if name.startswith("_") or name in state:
+                continue
+            items = value if isinstance(value, tuple) else (value,)
+            if all(isinstance(item, plain) for item in items):
+                settings[f"regularizers[{position}].{name}"] = value
+    return settings
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:

@@ -54,7 +54,7 @@ def reporting(label: str, epochs: int, steps_per_epoch: int, done: int, progress
             BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}", markup=False),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=console) as bar:
             yield _Bar(bar, label, epochs, steps_per_epoch, done)
@@ -104,4 +104,6 @@ class _Bar:
 
     def epoch(self, row: EpochRow) -> None:
         self.tested = "" if row.test_top1 is None else f"  test {row.test_top1:.1f} %"
-        self.bar.update(self.task, epoch=row.epoch, numbers=summary(row))
+        # Fewer digits than in a plain line: the row has to fit a terminal of 80 columns.
+        numbers = f"loss {row.loss:.4f}  train {row.train_top1:.1f} %{self.tested}"
+        self.bar.update(self.task, epoch=row.epoch, numbers=numbers)

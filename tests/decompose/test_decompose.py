@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -18,7 +19,16 @@ from fastrank.decompose import tucker as tucker_module
 from fastrank.decompose.unfold import MATRICIZATIONS
 
 F64 = torch.float64
-KERNELS = [(8, 6, 3, 3), (6, 8, 3, 3), (5, 1, 3, 3), (1, 5, 3, 3), (7, 4, 1, 1), (4, 7, 1, 5), (3, 3, 2, 4), (40, 2, 3, 3)]
+KERNELS = [
+    (8, 6, 3, 3),
+    (6, 8, 3, 3),
+    (5, 1, 3, 3),
+    (1, 5, 3, 3),
+    (7, 4, 1, 1),
+    (4, 7, 1, 5),
+    (3, 3, 2, 4),
+    (40, 2, 3, 3),
+]
 
 
 def kernel(shape, dtype=F64, seed=0):
@@ -61,7 +71,9 @@ def test_tucker2_is_exact_at_full_ranks_with_orthonormal_factors(shape, algorith
         assert l2_relative(decompose.Tucker2(*(f.double() for f in found)).weight(), weight) <= bound
         for factor in (found.w_in, found.w_out.T):
             gram = factor.double() @ factor.double().T
-            assert float((gram - torch.eye(len(gram))).abs().max()) <= 4 * EPS[dtype] * math.sqrt(factor.shape[1]) + 1e-14
+            assert (
+                float((gram - torch.eye(len(gram))).abs().max()) <= 4 * EPS[dtype] * math.sqrt(factor.shape[1]) + 1e-14
+            )
 
 
 @pytest.mark.parametrize("shape", KERNELS)
@@ -105,12 +117,14 @@ def test_hooi_improves_with_every_sweep(monkeypatch):
     for sweeps in range(8):
         monkeypatch.setattr(tucker_module, "HOOI_SWEEPS", sweeps)
         errors.append(float((decompose.tucker2(weight, (4, 3), algorithm="hooi").weight() - weight).norm()))
-    assert all(after <= before * (1 + 1e-13) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-13) for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0] * (1 - 1e-4)
     assert errors[0] == pytest.approx(float((decompose.tucker2(weight, (4, 3)).weight() - weight).norm()))
 
 
-@pytest.mark.parametrize(("shape", "ranks"), [((12, 10, 3, 3), (4, 3)), ((8, 16, 3, 3), (5, 5)), ((16, 4, 1, 3), (2, 6))])
+@pytest.mark.parametrize(
+    ("shape", "ranks"), [((12, 10, 3, 3), (4, 3)), ((8, 16, 3, 3), (5, 5)), ((16, 4, 1, 3), (2, 6))]
+)
 def test_hooi_reaches_the_error_of_tensorly(shape, ranks):
     weight = kernel(shape)
     (core, factors), _ = partial_tucker(
@@ -199,7 +213,9 @@ def test_svd_schemes_place_the_singular_values_as_documented():
     np.testing.assert_allclose(second[:, :, 0, 0].norm(dim=0), root, rtol=1e-12)
     vertical, horizontal = decompose.spatial_svd(weight, 4)
     np.testing.assert_allclose(vertical.flatten(1).norm(dim=1), np.ones(4), rtol=1e-12)
-    np.testing.assert_allclose(horizontal.transpose(0, 1).flatten(1).norm(dim=1), sigma(weight, "spatial")[:4], rtol=1e-12)
+    np.testing.assert_allclose(
+        horizontal.transpose(0, 1).flatten(1).norm(dim=1), sigma(weight, "spatial")[:4], rtol=1e-12
+    )
 
 
 def cp_error(weight, rank, **options):
@@ -240,16 +256,16 @@ def test_cp_never_gets_worse_with_more_sweeps(rank):
     weight = kernel((10, 7, 3, 3))
     errors = [cp_error(weight, rank, max_iter=n, tol=0.0) for n in (1, 2, 4, 8, 16, 64)]
     assert errors[0] < 1
-    assert all(after <= before + 1e-7 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before + 1e-7 for before, after in itertools.pairwise(errors))
 
 
 @pytest.mark.parametrize("shape", [(10, 7, 3, 3), (10, 1, 3, 3), (4, 12, 3, 5), (6, 3, 3, 1)])
 def test_cp_error_falls_over_the_ranks(shape):
-    """ALS finds local optima, so two neighbouring ranks may trade places by a little; the trend and the ends are sure."""
+    """ALS finds local optima, so neighbouring ranks may trade places by a little; the trend and the ends are sure."""
     weight, top = kernel(shape), shape[2] * shape[3]
     errors = [cp_error(weight, rank) for rank in range(1, top + 1)]
     assert errors[-1] <= 1e-12
-    assert all(after <= before * 1.02 + 1e-6 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * 1.02 + 1e-6 for before, after in itertools.pairwise(errors))
     # A rank-1 term fits at least the strongest of the kh·kw pixels of a filter: ‖W‖²(1 − 1/(kh·kw)) is left at most.
     assert errors[0] <= math.sqrt(1 - 1 / top) + 1e-9
 
@@ -319,8 +335,16 @@ W = torch.zeros(4, 3, 3, 3)
         (lambda: decompose.tucker2(W, (1.0, 2)), TypeError, r"ranks\[0\] must be an int, got float"),
         (lambda: decompose.tucker2(W, True), TypeError, r"ranks must be an int or a pair of ints, got bool"),
         (lambda: decompose.tucker2(W, (1, 2, 3)), TypeError, r"ranks must be an int or a pair of ints"),
-        (lambda: decompose.tucker2(W, 2, algorithm="hoi"), ValueError, r"algorithm must be one of .*did you mean 'hooi'"),
-        (lambda: decompose.tucker2(W[0], 2), ValueError, r"weight must be of shape .*\(O, I, kh, kw\), got \(3, 3, 3\)"),
+        (
+            lambda: decompose.tucker2(W, 2, algorithm="hoi"),
+            ValueError,
+            r"algorithm must be one of .*did you mean 'hooi'",
+        ),
+        (
+            lambda: decompose.tucker2(W[0], 2),
+            ValueError,
+            r"weight must be of shape .*\(O, I, kh, kw\), got \(3, 3, 3\)",
+        ),
         (lambda: decompose.tucker2(W.long(), 2), TypeError, r"weight must be a floating-point tensor"),
         (lambda: decompose.tucker2(W / 0, 2), ValueError, r"weight must be finite, got 108 NaN"),
         (lambda: decompose.tucker2(None, 2), TypeError, r"weight must be a torch.Tensor, got NoneType"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastrank.nn import FusedCPConv
 from fastrank.ops import cp_conv2d
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 
 
 class TestCP(FactoredConvSuite):

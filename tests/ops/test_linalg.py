@@ -285,7 +285,7 @@ def test_bad_input_is_refused_with_the_index(call, matrices, options, error, mes
 )
 def test_bad_energies_are_refused(energy, error):
     for call in (lambda: ops.project_energy([GOOD], energy), lambda: ops.nuclear_subgradient([GOOD], energy=energy)):
-        with pytest.raises(error, match="^energy must be a"):
+        with pytest.raises(error, match=r"^energy must be a"):
             call()
 
 
@@ -294,7 +294,7 @@ def test_warm_starts_are_refused_until_they_exist():
         lambda s: ops.project_energy([GOOD], 0.5, state=s),
         lambda s: ops.nuclear_subgradient([GOOD], state=s),
     ):
-        with pytest.raises(ValueError, match="^state must be None"):
+        with pytest.raises(ValueError, match=r"^state must be None"):
             call({})
 
 

@@ -12,7 +12,7 @@ from fastrank import ops
 from fastrank.nn import FusedTucker2Conv
 from fastrank.ops import tucker2_conv2d
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 
 
 class TestTucker2(FactoredConvSuite):

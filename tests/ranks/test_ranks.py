@@ -91,7 +91,9 @@ def planted(rows, columns, rank, noise, seed=0):
     u = torch.linalg.qr(randn(rows, max(rank, 1), seed=seed, dtype=F64))[0][:, :rank]
     v = torch.linalg.qr(randn(columns, max(rank, 1), seed=seed + 1, dtype=F64))[0][:, :rank]
     size = math.sqrt(rows * columns)
-    return size * torch.linspace(2, 1, max(rank, 1), dtype=F64)[:rank].mul(u) @ v.T + noise * randn(rows, columns, seed=seed + 2, dtype=F64)
+    return size * torch.linspace(2, 1, max(rank, 1), dtype=F64)[:rank].mul(u) @ v.T + noise * randn(
+        rows, columns, seed=seed + 2, dtype=F64
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 8])
@@ -128,6 +130,36 @@ def test_vbmf_is_blind_to_scale_and_orientation(rows, columns, seed, exponent):
     rank = ranks.vbmf_rank(matrix)
     assert 0 <= rank <= min(rows, columns)
     assert ranks.vbmf_rank(matrix.T * 2.0**exponent) == rank
+
+
+def evbmf_by_brute_force(matrix):
+    """Nakajima et al. 2013, corollary 1 and theorem 2, as published: the free energy on 6,000 noise variances."""
+    rows, columns = matrix.shape
+    s2, alpha = np.linalg.svd(matrix, compute_uv=False) ** 2, rows / columns
+    tau_bar = 2.5129 * math.sqrt(alpha)
+    x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
+    most = min(math.ceil(rows / (1 + alpha)) - 1, rows - 1)
+    low, high = max(s2[most] / (columns * x_bar), s2[most:].mean() / columns), s2.sum() / (rows * columns)
+    energies = []
+    variances = np.geomspace(low, high, 6_000)
+    for variance in variances:
+        x = s2 / (columns * variance)
+        z1, z2 = x[x > x_bar], x[x <= x_bar]
+        tau = 0.5 * (z1 - (1 + alpha) + np.sqrt((z1 - (1 + alpha)) ** 2 - 4 * alpha))
+        signal = z1 - tau + np.log((tau + 1) / z1) + alpha * np.log(tau / alpha + 1)
+        energies.append((z2 - np.log(z2)).sum() + signal.sum())
+    return int((s2 > columns * variances[int(np.argmin(energies))] * x_bar).sum())
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (10, 60), (24, 24)])
+def test_vbmf_is_the_published_minimum_also_where_signal_and_noise_mix(shape):
+    found = set()
+    for seed in range(12):
+        decay = torch.linspace(2.5, 0.1, shape[0], dtype=F64)[:, None] ** (1 + seed % 4)
+        matrix = decay * randn(*shape, seed=seed, dtype=F64) + 0.3 * randn(*shape, seed=seed + 99, dtype=F64)
+        found.add(ranks.vbmf_rank(matrix))
+        assert ranks.vbmf_rank(matrix) == evbmf_by_brute_force(matrix.numpy())
+    assert len(found) > 2
 
 
 def test_vbmf_finds_the_tucker_ranks_of_a_noisy_kernel():
@@ -173,15 +205,31 @@ SPECTRUM = torch.ones(3)
     ("call", "error", "message"),
     [
         (lambda: ranks.energy_rank([1.0], 0.5), TypeError, r"singular_values must be a torch.Tensor, got list"),
-        (lambda: ranks.energy_rank(torch.ones(2, 2), 0.5), ValueError, r"singular_values must be of shape \(any\) = \(n,\), got \(2, 2\)"),
-        (lambda: ranks.energy_rank(torch.ones(0), 0.5), ValueError, r"singular_values must be at least one value, got none"),
+        (
+            lambda: ranks.energy_rank(torch.ones(2, 2), 0.5),
+            ValueError,
+            r"singular_values must be of shape \(any\) = \(n,\), got \(2, 2\)",
+        ),
+        (
+            lambda: ranks.energy_rank(torch.ones(0), 0.5),
+            ValueError,
+            r"singular_values must be at least one value, got none",
+        ),
         (lambda: ranks.energy_rank(-SPECTRUM, 0.5), ValueError, r"singular_values must be non-negative, got -1"),
         (lambda: ranks.energy_rank(SPECTRUM / 0, 0.5), ValueError, r"singular_values must be finite"),
-        (lambda: ranks.energy_rank(SPECTRUM.long(), 0.5), TypeError, r"singular_values must be a floating-point tensor"),
+        (
+            lambda: ranks.energy_rank(SPECTRUM.long(), 0.5),
+            TypeError,
+            r"singular_values must be a floating-point tensor",
+        ),
         (lambda: ranks.energy_rank(SPECTRUM, 0), ValueError, r"energy must be a finite number in \(0, 1\], got 0"),
         (lambda: ranks.energy_rank(SPECTRUM, 1.5), ValueError, r"energy must be a finite number in \(0, 1\], got 1.5"),
         (lambda: ranks.energy_rank(SPECTRUM, "0.9"), TypeError, r"energy must be a number, got str"),
-        (lambda: ranks.threshold_rank(SPECTRUM, -1), ValueError, r"threshold must be a finite number at least 0, got -1"),
+        (
+            lambda: ranks.threshold_rank(SPECTRUM, -1),
+            ValueError,
+            r"threshold must be a finite number at least 0, got -1",
+        ),
         (lambda: ranks.threshold_rank(SPECTRUM, True), TypeError, r"threshold must be a number, got bool"),
         (lambda: ranks.vbmf_rank(torch.ones(3)), ValueError, r"matrix must be of shape \(any, any\)"),
         (lambda: ranks.vbmf_rank(torch.ones(0, 3)), ValueError, r"matrix must be non-empty, got shape \(0, 3\)"),

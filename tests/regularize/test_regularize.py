@@ -38,7 +38,9 @@ def set_gradients(model):
 def test_nuclear_norm_is_the_derivative_of_its_value(modes):
     model = network()
     regularizer = NuclearNorm(model, 0.3, matricizations=modes)
-    nuclear = sum(torch.linalg.matrix_norm(unfold(w, m), "nuc") for w in kernels(model).values() for m in modes)
+    nuclear = sum(
+        torch.linalg.matrix_norm(unfold(w.detach(), m), "nuc") for w in kernels(model).values() for m in modes
+    )
     assert float(regularizer.value()) == pytest.approx(0.3 * float(nuclear), rel=1e-12)
     regularizer.add_gradients()
     for weight in kernels(model).values():
@@ -76,9 +78,13 @@ def test_gram_trace_is_weight_decay_as_published():
     model = network()
     weights = list(kernels(model).values())
     regularizer = nrmf.regularizer(model, 0.6, mode="gram")
-    traces = sum(torch.trace(unfold(w, m) @ unfold(w, m).T) for w in weights for m in ("mode3", "mode4"))
+    traces = sum(
+        torch.trace(unfold(w.detach(), m) @ unfold(w.detach(), m).T) for w in weights for m in ("mode3", "mode4")
+    )
     assert float(regularizer.value()) == pytest.approx(0.6 * float(traces) / (2 * len(weights)), rel=1e-6)
-    assert float(regularizer.value()) == pytest.approx(0.6 * sum(float(w.square().sum()) for w in weights) / len(weights), rel=1e-6)
+    assert float(regularizer.value()) == pytest.approx(
+        0.6 * sum(float(w.detach().square().sum()) for w in weights) / len(weights), rel=1e-6
+    )
     regularizer.add_gradients()
     for weight in weights:
         torch.testing.assert_close(weight.grad, 2 * 0.6 * weight.detach() / len(weights))
@@ -103,7 +109,9 @@ def test_weight_zero_touches_nothing(make):
 
 
 def test_frozen_pointwise_grouped_and_factored_layers_are_left_out():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3).requires_grad_(False))
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3).requires_grad_(False)
+    )
     assert list(NuclearNorm(model, 1.0).kernels) == ["0"]
     shared = nn.Conv2d(4, 4, 3)
     assert list(GramTrace(nn.Sequential(shared, shared), 1.0).kernels) == ["0"]
@@ -147,7 +155,10 @@ def test_projection_truncates_in_place_to_the_energy_and_leaves_the_optimizer_al
         after = torch.linalg.svdvals(unfold(kernels(model)[name].detach(), matricization)).square()
         torch.testing.assert_close(after, torch.where(torch.arange(len(squares)) < rank, squares, 0.0))
     assert [w.data_ptr() for w in kernels(model).values()] == addresses
-    assert all(torch.equal(optimizer.state[w]["momentum_buffer"], m) for w, m in zip(kernels(model).values(), momentum, strict=True))
+    assert all(
+        torch.equal(optimizer.state[w]["momentum_buffer"], m)
+        for w, m in zip(kernels(model).values(), momentum, strict=True)
+    )
     regularizer.add_gradients()
     assert float(regularizer.value()) == 0
 
@@ -227,7 +238,9 @@ def test_a_kernel_that_is_not_finite_is_named(act, value):
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = value
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"^the kernel of layer '2' must be finite, got 1 NaN or infinite values out of 288"):
+    with pytest.raises(
+        ValueError, match=r"^the kernel of layer '2' must be finite, got 1 NaN or infinite values out of 288"
+    ):
         act(model)
     assert all(torch.equal(v.isnan(), before[k].isnan()) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -242,14 +255,22 @@ def test_a_kernel_that_is_not_finite_is_named(act, value):
         (lambda m: NuclearNorm(m, 1.0, energy=0.0), ValueError, r"energy must be a finite number in \(0, 1\]"),
         (lambda m: NuclearNorm(m, 1.0, matricizations="mode5"), ValueError, r"matricizations must be one of .*mode3"),
         (lambda m: NuclearNorm(m, 1.0, matricizations=()), ValueError, r"matricizations must be at least one of"),
-        (lambda m: NuclearNorm(nn.Linear(2, 2), 1.0), ValueError, r"model must be a model with a trainable convolution larger than 1×1, got Linear"),
+        (
+            lambda m: NuclearNorm(nn.Linear(2, 2), 1.0),
+            ValueError,
+            r"model must be a model with a trainable convolution larger than 1×1, got Linear",
+        ),
         (lambda m: NuclearNorm("resnet", 1.0), TypeError, r"model must be a torch.nn.Module, got str"),
         (lambda m: LowRankProjection(None), TypeError, r"model must be a torch.nn.Module, got NoneType"),
         (lambda m: GramTrace(m, math.inf), ValueError, r"weight must be a finite number"),
         (lambda m: LowRankProjection(m, every=0), ValueError, r"every must be an int at least 1, got 0"),
         (lambda m: LowRankProjection(m, every=2.0), TypeError, r"every must be an int, got float"),
         (lambda m: LowRankProjection(m, energy=2), ValueError, r"energy must be a finite number in \(0, 1\], got 2"),
-        (lambda m: LowRankProjection(m, matricization="chanel"), ValueError, r"matricization must be one of .*did you mean 'channel'"),
+        (
+            lambda m: LowRankProjection(m, matricization="chanel"),
+            ValueError,
+            r"matricization must be one of .*did you mean 'channel'",
+        ),
         (lambda m: nrmf.regularizer(m, mode="l2"), ValueError, r"mode must be one of \['nuclear', 'gram'\], got 'l2'"),
         (lambda m: nrmf.regularizer(m, -1), ValueError, r"alpha must be a finite number at least 0"),
     ],

@@ -1,0 +1,124 @@
+"""Writes the generated tables of README.md anew from committed results and from the code; `--check` only compares.
+
+The demo's table comes from bench/results/demo-cpu.json (a summary.json of `make demo`), the state of every operator
+from its registered backends and from the GPU results under bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastrank import report
+from fastrank._backends import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+NATIVE = ("triton", "cuda")
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown; the first column is text, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))
+
+
+def demo_table(summary: dict[str, Any]) -> str:
+    """The demo's rows, with what they were measured on."""
+    base = summary["dense"]["plain"]
+    rows = [
+        [
+            f"{name}, dense",
+            report.short(row["params"]),
+            report.short(row["macs"]),
+            "",
+            f"{row['accuracy']:.2f}",
+            "",
+            "",
+            "",
+        ]
+        for name, row in summary["dense"].items()
+    ]
+    rows[0][-1] = f"{summary['dense_latency']['p50_us'] / 1000:.2f} ms"
+    for row in summary["rows"]:
+        ranks = ", ".join(f"{layer} {report.ranks_text(value)}" for layer, value in row["ranks"].items()) or "all dense"
+        rows.append(
+            [
+                f"{row['training']}, {row['rule']}",
+                f"{report.short(row['params'])} (÷{base['params'] / row['params']:.1f})",
+                f"{report.short(row['macs'])} (÷{base['macs'] / row['macs']:.1f})",
+                ranks,
+                f"{row['accuracy_before']:.2f}",
+                f"{row['accuracy_converted']:.2f}",
+                f"{row['accuracy_finetuned']:.2f}",
+                f"{row['latency']['p50_us'] / 1000:.2f} ms ({row['speedup']:.2f}×)",
+            ]
+        )
+    columns = ["training, rule", "params", "MACs", "ranks", "dense %", "converted %", "tuned %", "batch of 64"]
+    machine = summary["machine"]
+    note = (
+        f"Accuracy on {summary['data']['held_out']} held-out digits; median time on a CPU, "
+        f"{machine['threads']} threads, "
+        f"torch {machine['torch']}, all networks in turn in one process; "
+        f"the run took {summary['seconds']:.0f} s."
+    )
+    return f"{markdown(columns, rows)}\n\n{note}"
+
+
+def measured_on_gpu() -> set[str]:
+    """The operators that a committed result of a GPU machine times."""
+    names = set()
+    for path in RESULTS.glob("gpu*/*.json"):
+        text = path.read_text(encoding="utf-8")
+        names |= {op for op in BACKENDS if op in text}
+    return names
+
+
+def status_table() -> str:
+    """Every operator with its backends and whether its kernels were timed on a GPU."""
+    measured, rows = measured_on_gpu(), []
+    for op, backends in BACKENDS.items():
+        kernels = [name for name in backends if name in NATIVE]
+        library = [name for name in backends if name not in (*NATIVE, "host")]
+        timed = "no kernel yet" if not kernels else "see bench/results" if op in measured else "not yet measured"
+        rows.append([f"`{op}`", ", ".join(library), ", ".join(kernels) or "none", backends[0], timed])
+    return markdown(["operator", "plain PyTorch", "kernels", "`auto` takes", "kernels timed on a GPU"], rows)
+
+
+def filled(text: str, name: str, body: str) -> str:
+    """`text` with what stands between the markers of `name` replaced."""
+    pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
+    if not re.search(pattern, text, flags=re.DOTALL):
+        raise SystemExit(f"README.md must have the markers of {name!r}, got none")
+    return re.sub(pattern, lambda match: f"{match[1]}{body}\n{match[2]}", text, flags=re.DOTALL)
+
+
+def readme() -> str:
+    """README.md as it should be."""
+    text = README.read_text(encoding="utf-8")
+    summary = json.loads((RESULTS / "demo-cpu.json").read_text(encoding="utf-8"))
+    return filled(filled(text, "demo", demo_table(summary)), "status", status_table())
+
+
+def main() -> int:
+    """Write or check README.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README.md is stale")
+    check = parser.parse_args().check
+    wanted = readme()
+    if wanted == README.read_text(encoding="utf-8"):
+        return 0
+    if check:
+        print("README.md is stale: run `make tables`", file=sys.stderr)
+        return 1
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
