@@ -183,12 +183,16 @@ def triton_rows(archs: list[str], folder: Path) -> list[Row]:
 
 def triton_row(compiled: object, kernel: str, variant: str, arch: str, folder: Path) -> Row:
     """Assemble once more, verbosely: triton keeps the machine code but not what ptxas said."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
     folder.mkdir()
     ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
     ptx.write_text(compiled.asm["ptx"])  # type: ignore[attr-defined]
     target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
     assert target is not None
-    command = [tool("ptxas"), "-v", f"-arch={target[1]}", str(ptx), "-o", str(cubin)]
+    # Triton carries more than one assembler; only the one it would take itself reads the PTX version it wrote.
+    assembler = get_ptxas(int(re.sub(r"\D", "", arch))).path
+    command = [assembler, "-v", f"-arch={target[1]}", str(ptx), "-o", str(cubin)]
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (values,) = parse_ptxas(log).values()
     values["shared_bytes"] = compiled.metadata.shared  # type: ignore[attr-defined]
