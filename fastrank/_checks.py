@@ -101,10 +101,14 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     if not isinstance(value, str):
         raise fail_type(name, f"one of {allowed}", value)
     if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}{hint}")
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}{near(value, allowed)}")
     return value
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word nearest to an unknown one, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def finite(name: str, value: Tensor) -> Tensor:

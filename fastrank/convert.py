@@ -6,7 +6,6 @@ All new layers are built before the first one is put in place, so that an error 
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -125,33 +124,40 @@ def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool
     known = {site.name: site for site in sites(model)}
     if inplace and "" in known and plan.compressed:
         raise _checks.fail("inplace", "False for a model that is itself a convolution", "True")
-    replacements: dict[nn.Module, nn.Module] = {}
-    applied: dict[str, LayerPlan] = {}
-    for name, layer in plan.layers.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise _checks.fail("plan.layers", "names of convolutions of the model", f"{name!r}{hint}")
-        site = known[name]
-        if layer.method != "dense":
-            if site.reason:
-                raise ValueError(
-                    f"plan.layers[{name!r}] must be dense for a layer that cannot be factored: {site.reason}"
-                )
-            _check_ranks(layer, tuple(site.conv.weight.shape), f"plan.layers[{name!r}]: ")
-            layer = guarded(site.conv, layer, "params") if guard else layer
-        applied[name] = layer
-        if layer.method != "dense":
-            replacements[site.conv] = build(site.conv, layer)
-    for name, site in known.items():
-        applied.setdefault(name, LayerPlan("dense", (), site.reason or "not in the plan"))
-    result = model if inplace else _copy_with(model, replacements)
+    applied = _applied(plan, known, guard)
+    changed = {known[name].conv: layer for name, layer in applied.items() if layer.method != "dense"}
+    replacements: dict[nn.Module, nn.Module] = {conv: build(conv, layer) for conv, layer in changed.items()}
     if inplace:
+        result = model
         for parent, attribute, child in list(_children(model)):
             if child in replacements:
                 setattr(parent, attribute, replacements[child])
-    result.fastrank_plan = Plan(applied, plan.method, plan.options)  # type: ignore[assignment]
+    else:
+        result = _copy_with(model, replacements)
+    earlier = getattr(model, "fastrank_plan", None)
+    before = earlier.layers if isinstance(earlier, Plan) else {}  # layers that are factored already keep their record
+    result.fastrank_plan = Plan({**before, **applied}, plan.method, plan.options)  # type: ignore[assignment]
     return result
+
+
+def _applied(plan: Plan, known: dict[str, Site], guard: bool) -> dict[str, LayerPlan]:
+    """What becomes of every convolution under `plan`; ValueError for a layer or a rank that cannot be."""
+    applied: dict[str, LayerPlan] = {}
+    for name, layer in plan.layers.items():
+        if name not in known:
+            found = f"{name!r}{_checks.near(name, known)}"
+            raise _checks.fail("plan.layers", "names of convolutions of the model", found)
+        site, where = known[name], f"plan.layers[{name!r}]"
+        applied[name] = layer
+        if layer.method != "dense":
+            if site.reason:
+                raise ValueError(f"{where} must be dense for a layer that cannot be factored: {site.reason}")
+            _check_ranks(layer, tuple(site.conv.weight.shape), f"{where}: ")
+            if guard:
+                applied[name] = guarded(site.conv, layer, "params")
+    for name, site in known.items():
+        applied.setdefault(name, LayerPlan("dense", (), site.reason or "not in the plan"))
+    return applied
 
 
 def guarded(conv: nn.Conv2d, layer: LayerPlan, cost: str, in_size: Pair = (1, 1)) -> LayerPlan:

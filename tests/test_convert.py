@@ -13,7 +13,7 @@ from helpers import Spare, max_relative, randn
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from fastrank import LayerPlan, Plan, compress, convert
+from fastrank import LayerPlan, Plan, compress, convert, models
 from fastrank.decompose.tucker import max_ranks
 from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
 from fastrank.nn._conv import FactoredConv2d
@@ -369,3 +369,12 @@ def test_input_sizes_are_those_of_the_first_call_and_the_model_stays_as_it_was()
     assert model.training
     with pytest.raises(TypeError, match=r"^example_input must be a torch.Tensor, got tuple"):
         convert.input_sizes(model, (1, 3, 8, 8))
+
+
+def test_a_second_compression_keeps_the_record_of_the_first():
+    model = models.build("lenet5_nrmf")
+    first = compress(model, Plan({"conv3": LayerPlan("tucker2", (4, 4), "one")}))
+    second = compress(first, Plan({"conv2": LayerPlan("tucker2", (2, 4), "two")}))
+    reasons = {name: layer.reason for name, layer in second.fastrank_plan.compressed.items()}
+    assert reasons == {"conv2": "two", "conv3": "one"}
+    assert first.fastrank_plan.layers["conv2"].method == "dense"

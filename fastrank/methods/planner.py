@@ -94,7 +94,7 @@ def make_plan(
         return {site.name: proposed[site.name] for site in found}
 
     if budget is not None:
-        kind, share = _budget(budget, chosen, method, example_input)
+        kind, share = _budget(budget, chosen, method, settings, example_input)
         if kind == "macs":
             assert example_input is not None
             whole = complexity.count(model, tuple(example_input.shape)).macs
@@ -132,13 +132,17 @@ def _skipped(name: str, skip: tuple[str, ...] | list[str]) -> str:
     return f"skip={pattern!r} asks for it" if pattern is not None else ""
 
 
-def _budget(budget: Any, chosen: Method, method: str, example_input: Tensor | None) -> tuple[str, float]:
+def _budget(
+    budget: Any, chosen: Method, method: str, settings: dict[str, Any], example_input: Tensor | None
+) -> tuple[str, float]:
     if not isinstance(budget, dict) or len(budget) != 1:
         raise _checks.fail("budget", f"a dict with one of the keys {list(BUDGETS)}", budget)
     ((kind, share),) = budget.items()
     _checks.choice("budget", kind, BUDGETS)
     if kind == "macs" and example_input is None:
         raise _checks.fail("example_input", "given with a budget in multiply-adds", "None")
+    if settings.get("threshold") is not None:
+        raise _checks.fail("threshold", "None with a budget, which sets the energy instead", settings["threshold"])
     if chosen.knob is None:
         raise _checks.fail("budget", f"None for method {method!r}, whose ranks leave nothing to choose", budget)
     return kind, _checks.number(f"budget[{kind!r}]", share, 0.0, 1.0, open_low=True)

@@ -1,13 +1,20 @@
-"""What the factored convolutions share: geometry checks and padding strings."""
+"""What the factored convolutions share: geometry, padding strings, dispatch, and their registration as operators."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastrank import _backends, _checks
+from fastrank.ops import _register
 
 Pair = tuple[int, int]
+Shape = tuple[int, ...]
 BACKEND_NAMES = _backends.NAMES
 
 
@@ -45,3 +52,68 @@ def conv_geometry(
 def conv_macs(kh: int, kw: int, in_channels: int, out_channels: int, out_size: Pair, groups: int = 1) -> int:
     """Multiply-adds of one image through one convolution, without its bias."""
     return kh * kw * in_channels * out_channels // groups * out_size[0] * out_size[1]
+
+
+def convolve(
+    name: str,
+    x: Tensor,
+    factors: dict[str, Tensor],
+    bias: Tensor | None,
+    kernel: Pair,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    backend: str,
+) -> Tensor:
+    """Call the operator `name` on factors whose shapes are checked: autocast, one kind of tensor, geometry."""
+    _checks.choice("backend", backend, BACKEND_NAMES)
+    cast: Any = _register.autocast(x, *factors.values(), bias)
+    x, *values, bias = cast
+    _checks.same_kind(x=x, **dict(zip(factors, values, strict=True)), bias=bias)
+    x, geometry = conv_geometry(x, kernel, stride, padding, dilation)
+    out: Tensor = getattr(torch.ops.fastrank, name)(x, *values, bias, *geometry, backend)
+    return out
+
+
+def register_convolution(
+    name: str,
+    factors: tuple[str, str, str],
+    *,
+    sequence: Callable[..., Tensor],
+    merge: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    macs: Callable[..., Iterable[int]],
+) -> None:
+    """Register ``fastrank::name(x, *factors, bias, stride, padding, dilation, backend)``, a convolution by three factors.
+
+    sequence: the plain-PyTorch truth, of the operator's arguments but the backend; merge: factors -> dense kernel;
+    backward: (grad, x, *factors, *geometry, needs) -> gradients of x and the factors; macs: multiply-adds of each
+    stage from (shapes of the factors, (H, W), (H', W')).
+    """
+
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
+        *tensors, bias, stride, padding, dilation, backend = arguments
+        if _backends.choose(_backends.facts(name, x), backend) == "dense":
+            out = F.conv2d(x, merge(*tensors), bias, stride, padding, dilation)
+        else:
+            out = sequence(x, *tensors, bias, stride, padding, dilation)
+        return out.contiguous(memory_format=_register.memory_format(x))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, _, stride, padding, dilation, _ = inputs
+        ctx.geometry = stride, padding, dilation
+        ctx.save_for_backward(*tensors)
+
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = backward(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:4])
+        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
+        return (*grads, grad_bias, None, None, None, None)
+
+    tensors = ", ".join(f"Tensor {factor}" for factor in factors)
+    schema = f"{name}(Tensor x, {tensors}, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    _register.register(f"{schema}str backend) -> Tensor", forward, setup_context=setup_context, backward=gradients)
+
+    @register_flop_formula(getattr(torch.ops.fastrank, name))
+    def flops(x: Shape, *shapes: Any, out_shape: Shape, **_: object) -> int:
+        """Two floating-point operations a multiply-add, of the stages as `sequence` runs them."""
+        return 2 * x[0] * sum(macs(*shapes[:3], x[2:], out_shape[2:]))

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from fastrank import _backends, _checks, reference
-from fastrank.ops import _register
-from fastrank.ops._conv import BACKEND_NAMES, Pair, conv_geometry, conv_macs
+from fastrank import _checks, reference
+from fastrank.ops._conv import Pair, Shape, conv_macs, convolve, register_convolution
 
 
 def tucker2_conv2d(
@@ -45,68 +39,24 @@ def tucker2_conv2d(
     _checks.filled("w_out", w_out, "(O, R_out)")
     if bias is not None:
         _checks.tensor("bias", bias, (w_out.shape[0],), "(O,)")
-    _checks.choice("backend", backend, BACKEND_NAMES)
-    x, w_in, core, w_out, bias = _register.autocast(x, w_in, core, w_out, bias)  # type: ignore[assignment]
-    _checks.same_kind(x=x, w_in=w_in, core=core, w_out=w_out, bias=bias)
-    x, geometry = conv_geometry(x, (core.shape[2], core.shape[3]), stride, padding, dilation)
-    out: Tensor = torch.ops.fastrank.tucker2_conv2d(x, w_in, core, w_out, bias, *geometry, backend)
-    return out
+    factors = {"w_in": w_in, "core": core, "w_out": w_out}
+    kernel = core.shape[2], core.shape[3]
+    return convolve("tucker2_conv2d", x, factors, bias, kernel, stride, padding, dilation, backend)
 
 
-def _forward(
-    x: Tensor,
-    w_in: Tensor,
-    core: Tensor,
-    w_out: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    backend: str,
-) -> Tensor:
-    if _backends.choose(_backends.facts("tucker2_conv2d", x), backend) == "dense":
-        out = F.conv2d(x, reference.conv.tucker2_weight(w_in, core, w_out), bias, stride, padding, dilation)
-    else:
-        out = reference.conv.tucker2_conv2d(x, w_in, core, w_out, bias, stride, padding, dilation)
-    return out.contiguous(memory_format=_register.memory_format(x))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w_in, core, w_out, _, *ctx.geometry, _ = inputs
-    ctx.save_for_backward(x, w_in, core, w_out)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs: Any = (*ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:4])
-    grads = reference.conv.tucker2_conv2d_backward(grad, *inputs)
-    grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
-    return (*grads, grad_bias, None, None, None, None)
-
-
-_register.register(
-    "tucker2_conv2d(Tensor x, Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, SymInt[2] stride, "
-    "SymInt[2] padding, SymInt[2] dilation, str backend) -> Tensor",
-    _forward,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-
-
-@register_flop_formula(torch.ops.fastrank.tucker2_conv2d)
-def _flops(
-    x: tuple[int, ...],
-    w_in: tuple[int, ...],
-    core: tuple[int, ...],
-    w_out: tuple[int, ...],
-    *_: object,
-    out_shape: tuple[int, ...],
-    **__: object,
-) -> int:
-    """Two floating-point operations a multiply-add, of the three stages as `sequence` runs them."""
-    batch, height, width = x[0], *x[2:]
-    stages = (
-        conv_macs(1, 1, w_in[1], w_in[0], (height, width)),
-        conv_macs(core[2], core[3], core[1], core[0], (out_shape[2], out_shape[3])),
-        conv_macs(1, 1, w_out[1], w_out[0], (out_shape[2], out_shape[3])),
+def _macs(w_in: Shape, core: Shape, w_out: Shape, in_size: Pair, out_size: Pair) -> tuple[int, ...]:
+    return (
+        conv_macs(1, 1, w_in[1], w_in[0], in_size),
+        conv_macs(core[2], core[3], core[1], core[0], out_size),
+        conv_macs(1, 1, w_out[1], w_out[0], out_size),
     )
-    return 2 * batch * sum(stages)
+
+
+register_convolution(
+    "tucker2_conv2d",
+    ("w_in", "core", "w_out"),
+    sequence=reference.conv.tucker2_conv2d,
+    merge=reference.conv.tucker2_weight,
+    backward=reference.conv.tucker2_conv2d_backward,
+    macs=_macs,
+)

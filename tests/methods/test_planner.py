@@ -265,3 +265,8 @@ def test_a_kernel_that_is_not_finite_is_left_dense():
         model.down.weight[0] = float("nan")
     for method in METHODS:
         assert make_plan(model, method).layers["down"].reason == "its weight holds NaN or infinite values"
+
+
+def test_a_threshold_leaves_a_budget_nothing_to_choose():
+    with pytest.raises(ValueError, match="^threshold must be None with a budget"):
+        make_plan(models.build("lenet5_nrmf"), "trp-channel", threshold=0.05, budget={"params": 0.5})
