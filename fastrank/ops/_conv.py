@@ -84,7 +84,7 @@ def register_convolution(
     backward: Callable[..., tuple[Tensor | None, ...]],
     macs: Callable[..., Iterable[int]],
 ) -> None:
-    """Register ``fastrank::name(x, *factors, bias, stride, padding, dilation, backend)``, a convolution by three factors.
+    """Register ``name(x, *factors, bias, stride, padding, dilation, backend)``, a convolution by three factors.
 
     sequence: the plain-PyTorch truth, of the operator's arguments but the backend; merge: factors -> dense kernel;
     backward: (grad, x, *factors, *geometry, needs) -> gradients of x and the factors; macs: multiply-adds of each
