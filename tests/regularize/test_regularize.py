@@ -92,7 +92,7 @@ def test_gram_trace_is_weight_decay_as_published():
 
 def test_the_nuclear_mode_of_nrmf_has_singular_values_in_place_of_traces():
     model = network()
-    weights = list(kernels(model).values())
+    weights = [weight.detach() for weight in kernels(model).values()]
     wanted = sum(float(torch.linalg.matrix_norm(unfold(w, m), "nuc")) for w in weights for m in ("mode3", "mode4"))
     assert float(nrmf.regularizer(model, 0.6).value()) == pytest.approx(0.6 * wanted / (2 * len(weights)), rel=1e-12)
 
