@@ -22,7 +22,7 @@ from fastrank.ops import funnel_penalty, gated_factor
 sys.path.insert(0, str(Path(__file__).parent))
 import timing
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = timing.DEVICE
 CONTENDERS = ["naive", "reference", "triton", "cuda"]
 
 # (in, out) channels of ResNet-18's sixteen 3x3 convolutions; a full-rank Tucker-2 has three factors for each.
@@ -71,35 +71,21 @@ def tensors() -> tuple[list[Tensor], list[Tensor]]:
     return directions, [torch.rand(shape[0], device=DEVICE, requires_grad=True) for shape in FACTORS]
 
 
-def measure(benchmark: Any, call: timing.Call, inputs: list[Tensor], bytes_moved: int) -> None:
-    """pytest-benchmark's wall time of synchronised calls, and the graph times beside it."""
-
-    def run() -> None:
-        call(inputs)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.extra_info.update(environment=timing.environment(), bytes_moved=bytes_moved)
-    if DEVICE == "cuda":
-        for cold in (True, False):
-            found = timing.graph_times({"call": call}, inputs, cold=cold, calls=16)["call"]
-            benchmark.extra_info["cold_graph" if cold else "warm_graph"] = found.as_dict()
-    benchmark.pedantic(run, rounds=10, warmup_rounds=2)
-
-
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.benchmark(group="gated_factor, ResNet-18 factors, forward")
 def test_gated_factor(benchmark: Any, contender: str) -> None:
     needs(contender, "gated_factor")
     directions, gates = tensors()
     function, count = factor_by(contender), len(directions)
+    for direction, gate in zip(directions, gates, strict=True):  # what is wrong is not timed
+        torch.testing.assert_close(function(direction, gate), naive_factor(direction, gate))
 
     def call(inputs: Any) -> None:
         with torch.no_grad():
             for direction, gate in zip(inputs[:count], inputs[count:], strict=True):
                 function(direction, gate)
 
-    measure(benchmark, call, directions + gates, 2 * 4 * sum(v.numel() for v in directions))
+    timing.measure(benchmark, call, directions + gates, bytes_moved=2 * 4 * sum(v.numel() for v in directions))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -114,7 +100,7 @@ def test_gated_factor_training(benchmark: Any, contender: str) -> None:
         out = [function(v, g) for v, g in zip(inputs[:count], inputs[count:], strict=True)]
         torch.autograd.grad(out, list(inputs), upstream)
 
-    measure(benchmark, call, directions + gates, 5 * 4 * sum(v.numel() for v in directions))
+    timing.measure(benchmark, call, directions + gates, bytes_moved=5 * 4 * sum(v.numel() for v in directions))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -122,8 +108,9 @@ def test_gated_factor_training(benchmark: Any, contender: str) -> None:
 def test_funnel_penalty(benchmark: Any, contender: str) -> None:
     needs(contender, "funnel_penalty")
     gates, function = tensors()[1], penalty_by(contender)
+    torch.testing.assert_close(function(gates), naive_penalty(gates, 0.1))
 
     def call(inputs: Any) -> None:
         torch.autograd.grad(function(list(inputs)), list(inputs))
 
-    measure(benchmark, call, gates, 3 * 4 * sum(g.numel() for g in gates))
+    timing.measure(benchmark, call, gates, bytes_moved=3 * 4 * sum(g.numel() for g in gates))
