@@ -83,8 +83,8 @@ def test_tucker2_forward(benchmark: Any, layer: Layer, batch: int, contender: st
     x = x.to(memory_format=FORMAT)
     function = call_by(contender, layer, *factors)
     if contender != "dense":
-        # What is wrong is not timed: at most twice the error that the library's own convolutions make in this dtype, the
-        # three small ones or the dense one of the exactly merged kernel (whose longer sums round more).
+        # What is wrong is not timed: at most twice the error that the library's own convolutions make in this dtype,
+        # the three small ones or the dense one of the exactly merged kernel (whose longer sums round more).
         wide = [factor.double() for factor in factors]
         wanted = tucker2_conv2d(x.double(), *wide, stride=layer.stride, padding=1)
         kernel = reference.conv.tucker2_weight(*wide).to(DTYPE)
