@@ -114,7 +114,8 @@ def factored_stages(conv: nn.Conv2d, layer: LayerPlan, in_size: Pair) -> list[Co
 def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool = True) -> nn.Module:
     """`model` with every layer of `plan` factored; a copy unless `inplace`.
 
-    guard: leave a layer dense where its factored form would hold more parameters than it does now. The result bears
+    guard: leave a layer dense where its factored form would hold more parameters than it does now; plans of `make_plan`
+    are taken as they are, since they were guarded by the count that their maker asked for. The result bears
     `fastrank_plan`, the plan as applied, with a reason for every layer that stays dense.
     Raises ValueError where the plan names a layer that the model lacks, one that cannot be factored, or ranks above
     its maximum; the model is then unchanged.
@@ -124,7 +125,7 @@ def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool
     known = {site.name: site for site in sites(model)}
     if inplace and "" in known and plan.compressed:
         raise _checks.fail("inplace", "False for a model that is itself a convolution", "True")
-    applied = _applied(plan, known, guard)
+    applied = _applied(plan, known, guard and "guard" not in plan.options)
     changed = {known[name].conv: layer for name, layer in applied.items() if layer.method != "dense"}
     replacements: dict[nn.Module, nn.Module] = {conv: build(conv, layer) for conv, layer in changed.items()}
     if inplace:

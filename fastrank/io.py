@@ -97,7 +97,7 @@ def _header(path: str, metadata: dict[str, str]) -> dict[str, Any]:
     for key, kinds in wanted.items():
         if not isinstance(header, dict) or not isinstance(header.get(key), kinds) or len(header) != len(wanted):
             raise _checks.fail("path", "a model saved by fastrank.save", f"{path}, whose header has a wrong {key!r}")
-    if header["format"] != FORMAT or header["version"] != VERSION:
+    if header["format"] != FORMAT or type(header["version"]) is not int or header["version"] != VERSION:
         found = f"{header['format']} version {header['version']}"
         raise _checks.fail("path", f"a file of {FORMAT} version {VERSION}", f"{path} of {found}")
     return header

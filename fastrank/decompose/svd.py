@@ -45,6 +45,7 @@ def decoupled_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rank: between 1 and min(I, kh·kw), at which the sum is exact. Raises as `channel_svd`.
     """
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
+    _checks.filled("weight", weight, "(O, I, kh, kw)")
     out_channels, in_channels, kh, kw = weight.shape
     _checks.integer("rank", rank, 1, min(in_channels, kh * kw))
     _checks.finite("weight", weight.detach())

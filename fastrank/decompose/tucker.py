@@ -41,6 +41,7 @@ def tucker2(weight: Tensor, ranks: int | tuple[int, int], *, algorithm: str = "h
     float16 and bfloat16 are computed in float32. Raises ValueError on ranks outside [1, max_ranks], NaN and Inf.
     """
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
+    _checks.filled("weight", weight, "(O, I, kh, kw)")
     rank_in, rank_out = _checks.pair("ranks", ranks, 1)
     limits = max_ranks(tuple(weight.shape))
     _checks.integer("ranks[0]", rank_in, 1, limits[0])

@@ -19,6 +19,7 @@ MATRICIZATIONS = ("mode3", "mode4", "channel", "spatial")
 def unfold(weight: Tensor, matricization: str) -> Tensor:
     """The kernel (O, I, kh, kw) as the named matrix."""
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
+    _checks.filled("weight", weight, "(O, I, kh, kw)")
     _checks.choice("matricization", matricization, MATRICIZATIONS)
     out_channels, in_channels, kh, kw = weight.shape
     if matricization == "mode3":

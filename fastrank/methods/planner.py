@@ -101,7 +101,8 @@ def make_plan(
         else:
             whole = sum(parameter.numel() for parameter in model.parameters())
         settings = _meet(kind, share, whole, chosen, settings, layers, candidates)
-    return Plan(layers(settings), method, {**settings, **({"budget": budget} if budget else {})})
+    options = {**settings, "guard": cost, **({"budget": budget} if budget else {})}
+    return Plan(layers(settings), method, options)
 
 
 def _settings(chosen: Method, method: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class FactoredConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
         self.in_channels = _checks.integer("in_channels", in_channels, 1)
         self.out_channels = _checks.integer("out_channels", out_channels, 1)
         self.kernel_size = _checks.pair("kernel_size", kernel_size, 1)

@@ -1,4 +1,4 @@
-"""The public functions. Each validates once, then calls one `fastrank::*` operator; nothing else touches a kernel."""
+"""The public functions. Each validates once, then dispatches; nothing else touches a kernel."""
 
 from fastrank.ops.cp import cp_conv2d
 from fastrank.ops.gates import funnel_penalty, gated_factor

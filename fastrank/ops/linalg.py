@@ -52,6 +52,7 @@ def project_energy(
 
     energy in (0, 1]; ranks are at least 1. The squared error is the discarded tail energy. Raises as `svd`.
     """
+    _checks.number("energy", energy, 0.0, 1.0, open_low=True)
     _prepare("project_energy", matrices, backend, energy, state)
     projected = [reference.linalg.project_energy(matrix, energy) for matrix in matrices]
     return [matrix for matrix, _ in projected], [int(rank) for _, rank in projected]

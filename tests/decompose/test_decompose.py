@@ -366,3 +366,9 @@ W = torch.zeros(4, 3, 3, 3)
 def test_bad_input_is_refused_in_one_sentence(call, error, message):
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+@pytest.mark.parametrize("name", ["channel_svd", "spatial_svd", "decoupled_svd", "tucker2", "cp_filters"])
+def test_an_empty_weight_is_named(name):
+    with pytest.raises(ValueError, match="^weight must be of sizes"):
+        getattr(decompose, name)(torch.randn(0, 3, 3, 3), 1)

@@ -270,3 +270,12 @@ def test_a_kernel_that_is_not_finite_is_left_dense():
 def test_a_threshold_leaves_a_budget_nothing_to_choose():
     with pytest.raises(ValueError, match="^threshold must be None with a budget"):
         make_plan(models.build("lenet5_nrmf"), "trp-channel", threshold=0.05, budget={"params": 0.5})
+
+
+def test_a_budget_that_a_plan_meets_is_met_by_the_compressed_model():
+    """Padding makes the output map larger than the input map: fewer multiply-adds there with more parameters."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(64, 64, 3, padding=4)), torch.randn(1, 64, 4, 4)
+    small = compress(model, make_plan(model, "nrmf", example_input=x, budget={"macs": 0.95}))
+    dense, compressed = (complexity.count(network, tuple(x.shape)).macs for network in (model, small))
+    assert compressed <= 0.95 * dense
