@@ -14,10 +14,15 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     temporary file; a killed process may leave one behind, see `remove_leftovers`. Raises OSError.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, what it points at is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
     if path.is_dir():
         raise IsADirectoryError(f"path must be a file, got the folder {path}")
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)  # a device or a pipe: replacing it would turn it into a file
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -18,7 +19,8 @@ import fastrank
 from fastrank import complexity as _complexity
 from fastrank import demo as _demo
 from fastrank import env as _env
-from fastrank import io, models, ranks, recipe, report
+from fastrank import io as _io
+from fastrank import models, ranks, recipe, report
 from fastrank import train as _train
 from fastrank.convert import input_sizes, sites
 from fastrank.decompose import unfold
@@ -32,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # A pipe or a file has no width: do not fold what is written there at 80 columns.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+out = Console(highlight=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Model = Annotated[
@@ -80,7 +82,8 @@ def inspect(model: Model, input_size: Input = None, energy: float = 0.95, as_jso
         ]
         for row in rows
     ]
-    title = f"{model} at {report.by(size)}: {found.params:,} parameters, {found.macs:,} multiply-adds"
+    untrained = "" if model.endswith(".safetensors") else " (untrained weights)"
+    title = f"{model}{untrained} at {report.by(size)}: {found.params:,} parameters, {found.macs:,} multiply-adds"
     columns = ["layer", "O×I×kh×kw", "map", "weights", "MACs", f"ranks at {energy:g} energy"]
     out.print(report.table(columns, cells, title=title))
 
@@ -151,12 +154,14 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Apply a plan to a model and save the result with its architecture."""
+    if save_to.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {str(save_to)!r}")
     network, chosen = _network(model), Plan.load(plan_file)
     size = _input_size(input_size, model)
     before = _complexity.count(network, size)
     small = fastrank.compress(network, chosen, guard=guard)
     after = _complexity.count(small, size)
-    io.save(small, save_to)
+    _io.save(small, save_to)
     totals = {
         "out": str(save_to),
         "macs": {"dense": before.macs, "compressed": after.macs},
@@ -183,6 +188,7 @@ def evaluate(
     """Print the accuracy of a model on a data set's test split."""
     network = _network(model)
     found = fastrank.data.load(dataset, root=root, split="test", **({} if size is None else {"size": size}))
+    _complexity.count(network, found.shape)  # names the size where the network refuses these images
     result = _train.evaluate(network, found)
     if as_json:
         _print_json({"model": model, "data": dataset, **asdict(result)})
@@ -282,6 +288,8 @@ def env(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # × and ÷ in a terminal that cannot show them are no error
     try:
         app()
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -302,14 +310,16 @@ def _network(name: str, **options: Any) -> nn.Module:
     if name.endswith(".safetensors"):
         if any(value for value in options.values()):
             raise ValueError("rank, compress_rate and num_classes must be left out for a saved model, got some")
-        return io.load(name)
-    return models.build(name, **options)
+        return _io.load(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # untrained weights, but the same ones at every call
+        return models.build(name, **options)
 
 
 def _input_size(text: str | None, model: str) -> tuple[int, int, int]:
     if text is None:
         if model.endswith(".safetensors"):
-            origin = models.identify(io.load(model)) or {}
+            origin = models.identify(_io.load(model)) or {}
             return models.default_input_size(str(origin.get("name")))
         return models.default_input_size(model)
     parts = text.replace("x", ",").replace("×", ",").split(",")

@@ -124,8 +124,9 @@ def run(
 ) -> dict[str, Any]:
     """Train, compress and fine-tune as the recipe says; everything lands in the folder `out`.
 
-    Writes checkpoints under train/ and finetune/ (a killed run goes on from the newest), plan.json, model.safetensors
-    and summary.json, which is also returned. The initial weights come from the training seed.
+    Writes checkpoints under train/ and finetune/ (a killed run goes on from the newest), recipe.json, plan.json,
+    model.safetensors and summary.json, which is also returned. A folder that holds a run of another recipe is refused
+    unless `resume` is False. The initial weights come from the training seed.
     """
     out = Path(out)
     train_set, test_set = load_data(recipe.data, root)
@@ -133,11 +134,12 @@ def run(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
         model = models.build(**arguments)
+    complexity.count(model, train_set.shape)  # a network that refuses these images shows before the training
     penalties = regularizers(model, recipe.regularize)
     example = torch.zeros(1, *train_set.shape)
     if recipe.compress is not None:
         make_plan(model, **{"example_input": example, **recipe.compress})  # a wrong option shows before the training
-    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, recipe, resume)
     train.fit(
         model,
         train_set,
@@ -170,6 +172,29 @@ def run(
     io.save(model, out / "model.safetensors")
     _atomic.write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the folder this recipe's; ValueError where it holds the run of another one and is to be resumed."""
+    record = out / "recipe.json"
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    if resume and record.is_file():
+        old, new = _flat(json.loads(record.read_bytes())), _flat(wanted)
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                found = f"{out} with {key} {old.get(key)!r} where this recipe has {new.get(key)!r}"
+                raise _checks.fail("out", "free or a run of this recipe", f"{found}; --fresh starts over")
+    out.mkdir(parents=True, exist_ok=True)
+    if recipe.compress is None:
+        (out / "plan.json").unlink(missing_ok=True)
+    _atomic.write_atomically(record, (json.dumps(wanted, indent=2) + "\n").encode())
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for inner, v in value.items() for key, leaf in _flat(v, f"{name}.{inner}".lstrip(".")).items()}
 
 
 def _measure(model: nn.Module, test_set: Any) -> dict[str, Any]:

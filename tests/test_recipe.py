@@ -130,3 +130,25 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"model": "x" * recipe.MAX_BYTES}))
     with pytest.raises(ValueError, match="at most"):
         recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"data": {"name": "digits", "held_out": 0.9, "size": 12}}, "data.size None where this recipe has 12"),
+        ({"compress": {"method": "nrmf", "energy": 0.6}}, "compress.energy 0.5 where this recipe has 0.6"),
+        ({"train": {"epochs": 1, "batch_size": 64, "lr": 0.02}}, "train.lr 0.01 where this recipe has 0.02"),
+    ],
+)
+def test_a_folder_of_another_recipe_is_refused(section: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    recipe._claim(tmp_path, recipe.parse(SMALL), resume=True)
+    other = recipe.parse(changed(**section))
+    with pytest.raises(ValueError, match=expected):
+        recipe.run(other, tmp_path, progress=False)
+    recipe._claim(tmp_path, other, resume=False)
+
+
+def test_a_network_that_refuses_the_images_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="input_size must be a size that the model accepts"):
+        recipe.run(recipe.parse(changed(data={"name": "digits", "size": 2})), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
