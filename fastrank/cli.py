@@ -216,6 +216,7 @@ def complexity(
     document: dict[str, Any] = {"arch": arch, "rank": rank, "compress_rate": compress_rate, "input": list(size)}
     params, bare = counts["conv_fc"].params, counts["conv_fc"].params_without_block_biases
     document |= {"params": params, "params_without_block_biases": bare, "macs": {c: n.macs for c, n in counts.items()}}
+    document["layers"] = counts["conv_fc"].table()
     if rank or compress_rate:
         whole = _network(arch, num_classes=num_classes)
         reductions = {c: counts[c].reduction_from(_complexity.count(whole, size, convention=c)) for c in counts}

@@ -240,6 +240,8 @@ def reading(summary: dict[str, Any]) -> list[str]:
     row = next(row for row in summary["rows"] if (row["training"], row["rule"]) == SAVED)
     twin = next(row for row in summary["rows"] if (row["training"], row["rule"]) == ("plain", SAVED[1]))
     base = summary["dense"]["plain"]
+    if not row["ranks"]:
+        return [f"Saved network ({' '.join(SAVED)}): nothing was compressed, since no factored layer would be cheaper."]
     lost = row["accuracy_before"] - row["accuracy_finetuned"]
     return [
         f"Saved network ({' '.join(SAVED)}): {base['params'] / row['params']:.1f}× fewer parameters and "

@@ -103,7 +103,8 @@ def load_data(section: Mapping[str, Any], root: str | None) -> tuple[Any, Any]:
     """The training and test sets that a recipe's data section names."""
     options = {key: value for key, value in section.items() if key not in ("name", "root")}
     where = root if root is not None else section.get("root")
-    return tuple(data.load(section["name"], root=where, split=split, **options) for split in ("train", "test"))  # type: ignore[return-value]
+    name = section["name"]
+    return data.load(name, root=where, split="train", **options), data.load(name, root=where, split="test", **options)
 
 
 def regularizers(model: nn.Module, section: Mapping[str, Any] | None) -> list[Regularizer]:
@@ -179,7 +180,10 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
     record = out / "recipe.json"
     wanted = json.loads(json.dumps(asdict(recipe)))
     if resume and record.is_file():
-        old, new = _flat(json.loads(record.read_bytes())), _flat(wanted)
+        try:
+            old, new = _flat(json.loads(record.read_bytes())), _flat(wanted)
+        except (ValueError, RecursionError) as error:
+            raise _checks.fail("out", "a folder with a whole recipe.json", f"{record}, which is no JSON") from error
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 found = f"{out} with {key} {old.get(key)!r} where this recipe has {new.get(key)!r}"

@@ -109,3 +109,11 @@ def test_the_committed_full_run_meets_its_promises() -> None:
     assert row["accuracy_before"] - row["accuracy_finetuned"] <= 0.5
     assert whole["settings"] == demo.asdict(demo.Settings())
     assert whole["seconds"] <= 360
+
+
+def test_the_reading_does_not_praise_what_was_not_compressed() -> None:
+    whole = json.loads(COMMITTED.read_text())
+    assert "fewer parameters" in demo.reading(whole)[0]
+    next(row for row in whole["rows"] if (row["training"], row["rule"]) == demo.SAVED)["ranks"] = {}
+    (line,) = demo.reading(whole)
+    assert "nothing was compressed" in line

@@ -152,3 +152,9 @@ def test_a_network_that_refuses_the_images_is_refused_before_training(tmp_path: 
     with pytest.raises(ValueError, match="input_size must be a size that the model accepts"):
         recipe.run(recipe.parse(changed(data={"name": "digits", "size": 2})), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^out must be a folder with a whole recipe.json"):
+        recipe._claim(tmp_path, recipe.parse(SMALL), resume=True)

@@ -30,7 +30,8 @@ def nuclear_norm(matrices: Sequence[Tensor], *, backend: str = "auto") -> Tensor
     an SVD. Raises as `svd`.
     """
     _prepare("nuclear_norm", matrices, backend)
-    return torch.ops.fastrank.nuclear_norm(list(matrices), backend)  # type: ignore[no-any-return]
+    total: Tensor = torch.ops.fastrank.nuclear_norm(list(matrices), backend)
+    return total
 
 
 def nuclear_subgradient(
