@@ -1,7 +1,8 @@
-"""Writes the generated tables of README.md anew from committed results and from the code; `--check` only compares.
+"""Writes the generated tables of the documents anew from committed results and the code; `--check` only compares.
 
-The demo's table comes from bench/results/demo-cpu.json (a summary.json of `make demo`), the state of every operator
-from its registered backends and from the GPU results under bench/results.
+README.md: the demo's table comes from bench/results/demo-cpu.json (a summary.json of `make demo`), the state of every
+operator from its registered backends and from the GPU results under bench/results. docs/recipes.md: the recipe files.
+docs/accuracy.md: bench/results/accuracy-cpu.json (of bench/accuracy.py).
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastrank import report
+from studies import pages
+
+from fastrank import recipe, report
 from fastrank._backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
 NATIVE = ("triton", "cuda")
 
 
@@ -28,8 +31,14 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))
 
 
-def demo_table(summary: dict[str, Any]) -> str:
+def result(name: str) -> Any:
+    """A committed result."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def demo_table() -> str:
     """The demo's rows, with what they were measured on."""
+    summary = result("demo-cpu.json")
     base = summary["dense"]["plain"]
     rows = [
         [
@@ -90,33 +99,57 @@ def status_table() -> str:
     return markdown(["operator", "plain PyTorch", "kernels", "`auto` takes", "kernels timed on a GPU"], rows)
 
 
-def filled(text: str, name: str, body: str) -> str:
+def recipes_table() -> str:
+    """Every recipe with the experiment it repeats, the figures published for it, and which of its values are ours."""
+    rows = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        experiment = recipe.load(path).experiment
+        published = ", ".join(
+            f"{key} {report.short(value) if key in ('macs', 'params') else value}"
+            for key, value in experiment.get("published", {}).items()
+        )
+        ours = ", ".join(experiment.get("ours", ["everything but the method"]))
+        rows.append([f"`{path.name}`", experiment["source"], published, ours])
+    columns = ["recipe", "experiment", "published", "ours"]
+    lines = (columns, ["---"] * len(columns), *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": demo_table, "status": status_table},
+    "docs/recipes.md": {"recipes": recipes_table},
+    "docs/accuracy.md": {
+        name: lambda make=make: make(result("accuracy-cpu.json")) for name, make in pages.TABLES.items()
+    },
+}
+
+
+def filled(document: str, text: str, name: str, body: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
     if not re.search(pattern, text, flags=re.DOTALL):
-        raise SystemExit(f"README.md must have the markers of {name!r}, got none")
+        raise SystemExit(f"{document} must have the markers of {name!r}, got none")
     return re.sub(pattern, lambda match: f"{match[1]}{body}\n{match[2]}", text, flags=re.DOTALL)
 
 
-def readme() -> str:
-    """README.md as it should be."""
-    text = README.read_text(encoding="utf-8")
-    summary = json.loads((RESULTS / "demo-cpu.json").read_text(encoding="utf-8"))
-    return filled(filled(text, "demo", demo_table(summary)), "status", status_table())
-
-
 def main() -> int:
-    """Write or check README.md."""
+    """Write or check every document."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README.md is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a document is stale")
     check = parser.parse_args().check
-    wanted = readme()
-    if wanted == README.read_text(encoding="utf-8"):
-        return 0
-    if check:
-        print("README.md is stale: run `make tables`", file=sys.stderr)
+    stale = []
+    for document, tables in DOCUMENTS.items():
+        path = ROOT / document
+        now = wanted = path.read_text(encoding="utf-8")
+        for name, make in tables.items():
+            wanted = filled(document, wanted, name, make())
+        if wanted != now:
+            stale.append(document)
+            if not check:
+                path.write_text(wanted, encoding="utf-8")
+    if check and stale:
+        print(f"{', '.join(stale)} stale: run `make tables`", file=sys.stderr)
         return 1
-    README.write_text(wanted, encoding="utf-8")
     return 0
 
 

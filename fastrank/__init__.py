@@ -1,6 +1,6 @@
 """fastrank: low-rank compression of CNNs that is fast where it is slow."""
 
-from fastrank import complexity, data, decompose, latency, methods, models, nn, ops, ranks, regularize, train
+from fastrank import complexity, data, decompose, latency, methods, models, nn, ops, prune, ranks, regularize, train
 from fastrank._version import __version__
 from fastrank.convert import compress
 from fastrank.io import load, save
@@ -22,6 +22,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "prune",
     "ranks",
     "regularize",
     "save",

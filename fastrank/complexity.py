@@ -107,6 +107,12 @@ def count(model: nn.Module, input_size: int | tuple[int, ...], *, convention: Co
     hooks are as before afterwards, also where the forward fails. Only modules are seen: attention products and other
     functional work count 0. Subclasses count as what they derive from.
 
+    A two-stage detector of torchvision works on what it finds, so its parts are run by themselves: backbone, pyramid
+    and proposals at the size that its own transform makes of the image, the box head on as many proposals as survive at
+    most (1,000), and no mask or keypoint head, since a blank image shows nothing to detect. At 3×800×800, "ptflops"
+    then gives the NORTON README's figures of Faster and Mask R-CNN. Not that of Keypoint R-CNN, 137.42 G, which is
+    torchvision's own: "conv_fc" and the keypoint head, transposed convolution included, on one detection.
+
     Args:
         model: any network that maps one image tensor to something.
         input_size: (C, H, W), (N, C, H, W) whose N is not used, or an int for a square RGB image.
@@ -129,7 +135,7 @@ def count(model: nn.Module, input_size: int | tuple[int, ...], *, convention: Co
     tallies: dict[nn.Module, _Tally] = {}
     with _watched(model, tallies, convention):
         try:
-            model(_blank_image(model, size))
+            _forward(model, _blank_image(model, size))
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"input_size must be a size that the model accepts, got {size}: {reason}") from error
@@ -166,6 +172,25 @@ def _blank_image(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
     tensors = [*model.parameters(), *model.buffers()]
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+
+
+def _forward(model: nn.Module, image: Tensor) -> None:
+    """One forward on image (1, C, H, W); the parts of a two-stage detector with the work that they have at most."""
+    names = ("transform", "backbone", "rpn", "roi_heads")
+    if not all(isinstance(getattr(model, name, None), nn.Module) for name in names):
+        model(image)
+        return
+    parts: Any = model
+    images, _ = parts.transform(list(image))
+    found = parts.backbone(images.tensors)
+    features = [found] if isinstance(found, Tensor) else list(found.values())
+    objectness, _ = parts.rpn.head(features)
+    # The proposal stage keeps some of each level before it suppresses overlaps, and some of all levels after.
+    kept = sum(min(parts.rpn.pre_nms_top_n(), scores.numel()) for scores in objectness)
+    proposals = min(parts.rpn.post_nms_top_n(), kept)
+    heads = parts.roi_heads
+    pooled = image.new_zeros(proposals, features[0].shape[1], *heads.box_roi_pool.output_size)
+    heads.box_predictor(heads.box_head(pooled))
 
 
 def _is_factored(module: nn.Module) -> bool:

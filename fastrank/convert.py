@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastrank import _checks
 from fastrank._stages import ConvStage
 from fastrank.decompose.tucker import max_ranks
-from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
+from fastrank.nn import FusedCPConv, FusedTucker2Conv, LayerCPConv, SVDConv
+from fastrank.nn import layer_cp as _layer_cp
 from fastrank.nn import svd as _svd
 from fastrank.nn._conv import FactoredConv2d, geometry_of, why_not_factorable
 from fastrank.plan import LayerPlan, Plan
@@ -103,6 +104,8 @@ def factored_stages(conv: nn.Conv2d, layer: LayerPlan, in_size: Pair) -> list[Co
         factored = FusedTucker2Conv(*channels, kernel, (layer.ranks[0], layer.ranks[1]), **geometry)
     elif layer.method == "cp":
         factored = FusedCPConv(*channels, kernel, layer.ranks[0], **geometry)
+    elif layer.method == "cp-layer":
+        factored = LayerCPConv(*channels, kernel, layer.ranks[0], **geometry)
     elif layer.method.startswith("svd-"):
         factored = SVDConv(*channels, kernel, layer.ranks[0], scheme=layer.method.removeprefix("svd-"), **geometry)
     else:
@@ -134,10 +137,26 @@ def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool
             if child in replacements:
                 setattr(parent, attribute, replacements[child])
     else:
-        result = _copy_with(model, replacements)
+        result = copy_with(model, replacements)
     earlier = getattr(model, "fastrank_plan", None)
     before = earlier.layers if isinstance(earlier, Plan) else {}  # layers that are factored already keep their record
     result.fastrank_plan = Plan({**before, **applied}, plan.method, plan.options)  # type: ignore[assignment]
+    return result
+
+
+def decompress(model: nn.Module) -> nn.Module:
+    """A copy of `model` with every factored layer merged into one plain `nn.Conv2d`: the same function to rounding.
+
+    It bears no plan, and the origin of the dense network where it bears one.
+    """
+    if not isinstance(model, nn.Module):
+        raise _checks.fail_type("model", "a torch.nn.Module", model)
+    factored = [module for module in model.modules() if isinstance(module, FactoredConv2d)]
+    result = copy_with(model, {module: module.to_dense() for module in factored})
+    if hasattr(result, "fastrank_plan"):
+        del result.fastrank_plan
+    if isinstance(getattr(result, "fastrank_origin", None), dict):
+        result.fastrank_origin = {**result.fastrank_origin, "rank": 0}  # type: ignore[assignment,dict-item]
     return result
 
 
@@ -184,6 +203,8 @@ def build(conv: nn.Conv2d, layer: LayerPlan) -> nn.Module:
         return FusedTucker2Conv.from_conv(conv, (layer.ranks[0], layer.ranks[1]))
     if layer.method == "cp":
         return FusedCPConv.from_conv(conv, layer.ranks[0])
+    if layer.method == "cp-layer":
+        return LayerCPConv.from_conv(conv, layer.ranks[0])
     return SVDConv.from_conv(conv, layer.ranks[0], layer.method.removeprefix("svd-"))
 
 
@@ -193,6 +214,8 @@ def _check_ranks(layer: LayerPlan, shape: tuple[int, ...], where: str = "") -> N
         limits = max_ranks(shape)
     elif layer.method == "cp":
         limits = (shape[2] * shape[3],)
+    elif layer.method == "cp-layer":
+        limits = (_layer_cp.max_rank(shape),)
     elif layer.method == "dense":
         limits = ()
     else:
@@ -207,7 +230,7 @@ def any_size(conv: nn.Conv2d) -> Pair:
     return dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1
 
 
-def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+def copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
     """A deep copy of `model` in which the replacements stand for their convolutions (which are not copied)."""
     memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
     for module in model.modules():

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from fastrank import _checks, _files, models
+from fastrank.models.detection import OPTIONS
 from fastrank.models.identify import identify
-from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
+from fastrank.nn import (
+    FusedCPConv,
+    FusedTucker2Conv,
+    GatedCPConv,
+    GatedSVDConv,
+    GatedTucker2Conv,
+    LayerCPConv,
+    SVDConv,
+)
 from fastrank.nn._conv import FactoredConv2d
 from fastrank.plan import Plan
 
@@ -25,6 +34,10 @@ LAYERS: dict[str, type[FactoredConv2d]] = {
     "FusedTucker2Conv": FusedTucker2Conv,
     "FusedCPConv": FusedCPConv,
     "SVDConv": SVDConv,
+    "LayerCPConv": LayerCPConv,
+    "GatedTucker2Conv": GatedTucker2Conv,
+    "GatedSVDConv": GatedSVDConv,
+    "GatedCPConv": GatedCPConv,
 }
 
 
@@ -108,7 +121,8 @@ def _built(path: str | os.PathLike[str], origin: dict[str, Any] | None) -> nn.Mo
         raise _checks.fail(
             "model", f"the dense network, since {os.fspath(path)} is of one that has no name here", "None"
         )
-    if set(origin) != {"name", "num_classes", "rank", "compress_rate"}:
+    known = {"name", "num_classes", "rank", "compress_rate"}
+    if not known <= set(origin) <= known | set(OPTIONS):
         raise _checks.fail(
             "path", "a model saved by fastrank.save", f"{os.fspath(path)}, whose origin has keys {sorted(origin)}"
         )
@@ -164,6 +178,8 @@ def _layer(
     if not isinstance(replaced, nn.Conv2d | FactoredConv2d):
         message = f"{os.fspath(path)}, whose layer {name!r} stands for a {type(replaced).__name__}"
         raise _checks.fail("path", "a model whose factored layers stand for convolutions", message)
+    # Frozen parts of a network are a matter of its origin, not of the file.
+    layer.requires_grad_(any(parameter.requires_grad for parameter in replaced.parameters()))
     return layer.train(replaced.training), replaced
 
 

@@ -23,6 +23,7 @@ LAYER_METHODS: dict[str, int] = {
     "dense": 0,
     "tucker2": 2,
     "cp": 1,
+    "cp-layer": 1,
     "svd-channel": 1,
     "svd-spatial": 1,
     "svd-decoupled": 1,
@@ -33,7 +34,8 @@ LAYER_METHODS: dict[str, int] = {
 class LayerPlan:
     """What becomes of one layer.
 
-    method: "dense" (left alone), "tucker2", "cp", "svd-channel", "svd-spatial" or "svd-decoupled".
+    method: "dense" (left alone), "tucker2", "cp" (of every filter), "cp-layer" (of the whole kernel), "svd-channel",
+    "svd-spatial" or "svd-decoupled".
     ranks: (R_in, R_out) for tucker2, (R,) for the others, () for dense. reason: one sentence for a person.
     """
 

@@ -78,6 +78,35 @@ class Spare(nn.Module):
         return out
 
 
+class Residual(nn.Module):
+    """A stem, a strided block with a 1×1 projection, and a head: the shapes that a ResNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.a, self.b = nn.Conv2d(12, 16, 3, 2, 1, bias=False), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.shortcut = nn.BatchNorm2d(16), nn.Conv2d(12, 16, 1, 2, bias=False)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        out: Tensor = self.fc((self.norm(self.b(self.a(x).relu())) + self.shortcut(x)).relu().mean((2, 3)))
+        return out
+
+
+def residual() -> Residual:
+    """In float64 and eval mode, the same at every call."""
+    torch.manual_seed(0)
+    return Residual().double().eval()
+
+
+def close_gates(layer: nn.Module, *open_gates: int) -> None:
+    """Set gates by hand: as many of each penalised vector as asked stay open (at 1), the rest close."""
+    with torch.no_grad():
+        for gate, count in zip(layer.penalized(), open_gates, strict=True):
+            gate.copy_((torch.arange(len(gate)) < count).to(gate.dtype))
+
+
 class FactoredConvSuite:
     """What `tucker2_conv2d` and `cp_conv2d` both have to show. Subclasses give op, overload and factors().
 

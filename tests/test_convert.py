@@ -15,13 +15,14 @@ from torch.nn.utils import parametrize, prune
 
 from fastrank import LayerPlan, Plan, compress, convert, models
 from fastrank.decompose.tucker import max_ranks
-from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
+from fastrank.nn import FusedCPConv, FusedTucker2Conv, LayerCPConv, SVDConv, layer_cp
 from fastrank.nn._conv import FactoredConv2d
 from fastrank.nn.svd import max_rank
 
 METHODS = {
     "tucker2": FusedTucker2Conv,
     "cp": FusedCPConv,
+    "cp-layer": LayerCPConv,
     "svd-channel": SVDConv,
     "svd-spatial": SVDConv,
     "svd-decoupled": SVDConv,
@@ -32,6 +33,8 @@ def full(method, conv):
     shape = tuple(conv.weight.shape)
     if method == "tucker2":
         return LayerPlan(method, max_ranks(shape))
+    if method == "cp-layer":
+        return LayerPlan(method, (layer_cp.max_rank(shape),))
     return LayerPlan(method, (shape[2] * shape[3] if method == "cp" else max_rank(method.removeprefix("svd-"), shape),))
 
 
@@ -64,6 +67,9 @@ def test_full_rank_networks_give_the_same_outputs(build, method):
         )  # a block shows it, in a tenth of the time
         model.features.transition1 = model.features.transition2 = model.features.transition3 = nn.Identity()
         model.features.norm5, model.classifier = nn.BatchNorm2d(256).eval(), nn.Linear(256, 5)
+    elif method == "cp-layer" and isinstance(model, torchvision.models.ResNet):
+        model.layer3 = model.layer4 = nn.Identity()  # nine times as many terms as channels: here too a part shows it
+        model.fc = nn.Linear(128, 5)
     x = randn(2, 3, 64, 64)
     found = compress(model, full_plan(model, method), guard=False)
     factored = [m for m in found.modules() if isinstance(m, FactoredConv2d)]

@@ -28,15 +28,20 @@ ALLOWED: dict[str, set[str]] = {
     "complexity": {"_checks", "_stages", "nn"},
     "latency": {"_checks"},
     "models": {"_checks", "nn"},
+    "prune": {"_checks", "decompose", "models", "nn", "ops", "ranks", "reference"},
     "data": {"_checks"},
     "regularize": {"_checks", "decompose", "nn", "ops", "ranks"},
     "convert": {"_checks", "_stages", "complexity", "decompose", "nn", "plan", "ranks"},
     "train": {"_atomic", "_checks", "_files", "data", "regularize"},
     "io": {"_checks", "_files", "models", "nn", "plan"},
-    "methods": {"_checks", "complexity", "convert", "decompose", "ops", "plan", "ranks", "regularize"},
-    "recipe": {"_checks", "_atomic", "complexity", "convert", "data", "io", "methods", "models", "regularize", "train"},
+    "methods": {
+        "_checks", "complexity", "convert", "decompose", "models", "nn", "ops", "plan", "prune", "ranks", "regularize",
+    },
+    "recipe": {
+        "_checks", "_atomic", "complexity", "convert", "data", "io", "methods", "models", "plan", "regularize", "train",
+    },
     "env": {"_backends", "_native", "_version"},
-    "report": set(),
+    "report": {"_checks"},
     "demo": {
         "_atomic", "_version", "complexity", "convert", "data", "decompose", "io", "latency", "methods", "models",
         "plan", "ranks", "report", "train",
@@ -140,7 +145,10 @@ def test_only_ops_names_a_kernel(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_triton_and_extras_are_never_imported_with_the_package(path: Path) -> None:
-    optional = {"triton", "torchvision", "timm", "sklearn", "matplotlib", "tensorly", "scipy", "pytest"}
+    optional = {
+        "triton", "torchvision", "timm", "sklearn", "matplotlib", "tensorly", "scipy", "pytest", "pycocotools",
+        "torch_pruning", "pytorch_grad_cam", "cv2",
+    }  # fmt: skip
     for module, at_top in imports(path):
         assert not (at_top and module.partition(".")[0] in optional), f"{path.name} imports {module} at import time"
 

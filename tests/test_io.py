@@ -20,7 +20,15 @@ from torch import nn
 from fastrank import LayerPlan, Plan, _files, compress, make_plan, models
 from fastrank import io as model_io
 from fastrank.models import identify
-from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
+from fastrank.nn import (
+    FusedCPConv,
+    FusedTucker2Conv,
+    GatedCPConv,
+    GatedSVDConv,
+    GatedTucker2Conv,
+    LayerCPConv,
+    SVDConv,
+)
 from fastrank.nn._conv import FactoredConv2d
 
 load, save = model_io.load, model_io.save
@@ -80,6 +88,10 @@ LAYERS = [
     FusedCPConv(4, 6, (2, 3), 4, padding="valid", bias=False),
     FusedCPConv(4, 6, 3, 9, padding=(1, 2), padding_mode="circular"),
     *(SVDConv(4, 6, (3, 2), 2, scheme=scheme, stride=2, padding=1) for scheme in ("channel", "spatial", "decoupled")),
+    LayerCPConv(4, 6, (3, 2), 7, stride=(2, 1), padding=(1, 0), dilation=(1, 2), bias=False),
+    GatedTucker2Conv(4, 6, (3, 2), (2, 3), padding="same", padding_mode="reflect"),
+    GatedSVDConv(4, 6, 1, 3, stride=2),
+    GatedCPConv(4, 6, (2, 3), 7, padding="valid", bias=False),
 ]
 
 

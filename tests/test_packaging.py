@@ -55,7 +55,7 @@ def test_nothing_but_fastrank_is_installed(wheel: Path) -> None:
         "fastrank/py.typed",
         "fastrank/triton_kernels/gates.py",
         "fastrank/_build_info.json",
-        "fastrank/cli.py",
+        "fastrank/cli/__init__.py",
     ):
         assert name in names
     assert not [name for name in names if "test" in name or name.endswith((".cu", ".cpp"))]

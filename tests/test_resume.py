@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from fastrank import _files
 from fastrank.data import ImageSet
+from fastrank.nn import GatedTucker2Conv
+from fastrank.regularize import Exponential, Funnel
 from fastrank.regularize.base import Regularizer
 from fastrank.train import History, TrainConfig, fit
 from fastrank.train._checkpoint import KEY
@@ -116,6 +118,55 @@ def test_interrupted_with_a_gradient_scaler(tmp_path: Path) -> None:
         run(tmp_path / "cut", amp="fp16", epochs=2, stop_at=7, checkpoint_steps=2)
     run(tmp_path / "cut", amp="fp16", epochs=2, checkpoint_steps=2)
     assert same(tmp_path / "cut", tmp_path / "whole")
+
+
+def run_gated(folder: Path, optimizer: str, *, stop_at: int | None = None, factor: float = 0.5, **options: Any) -> int:
+    """A run whose gates close by proximal steps, at a C that falls from epoch to epoch; how many closed."""
+    numbers = torch.Generator().manual_seed(0)
+    labels = torch.arange(76) % 4
+    data = ImageSet(torch.randn(76, 2, 6, 6, generator=numbers) + labels.view(-1, 1, 1, 1), labels, classes=4)
+    torch.manual_seed(1)
+    gated = GatedTucker2Conv.from_conv(nn.Conv2d(2, 8, 3))
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), gated, nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    funnel = Funnel(model, 1.0, schedule=Exponential(0.5, factor, 1))
+    config = TrainConfig(
+        **{"epochs": 3, "batch_size": 16, "lr": 0.01, "optimizer": optimizer, "lr_for": {"*.gate_*": 0.05}, **options}
+    )
+    fit(model, data, None, config, regularizers=[funnel, Pull(model, stop_at)], run_dir=folder, progress=False)
+    assert funnel.epoch == 2
+    return sum(int((gate == 0).sum()) for gate in gated.penalized())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_closing_gates_are_interrupted_in_mid_epoch(tmp_path: Path, optimizer: str) -> None:
+    closed = run_gated(tmp_path / "whole", optimizer)
+    assert 0 < closed < 10
+    for stop_at in (3, 5, 7, 11):
+        with pytest.raises(KeyboardInterrupt):
+            run_gated(tmp_path / str(stop_at), optimizer, stop_at=stop_at, checkpoint_steps=1)
+        assert run_gated(tmp_path / str(stop_at), optimizer, checkpoint_steps=1) == closed
+        assert same(tmp_path / str(stop_at), tmp_path / "whole")
+    assert run_gated(tmp_path / "whole", optimizer, stop_at=0) == closed, "a finished run"
+
+
+def test_optimizers_rates_and_schedules_belong_to_a_run(tmp_path: Path) -> None:
+    run_gated(tmp_path, "adam", epochs=3)
+    options: dict[str, Any]
+    for options, difference in (
+        ({"optimizer": "sgd"}, "optimizer adam where this run has sgd"),
+        ({"optimizer": "adam", "lr_for": {}}, r"lr_for \[\['\*\.gate_\*', 0\.05\]\] where this run has \[\]"),
+        ({"optimizer": "adam", "factor": 0.4}, r"schedule Exponential\(start=0\.5, factor=0\.5.* this run has Exp"),
+    ):
+        with pytest.raises(ValueError, match=difference):
+            run_gated(tmp_path, **options)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = _files.load_tensors(path)
+    assert {"exp_avg/1.core", "exp_avg_sq/1.core", "adam_step/1.core"} < tensors.keys()
+    for damage in ({"exp_avg/1.core": None}, {"adam_step/1.core": torch.zeros(3)}, {"exp_avg/1.core": torch.zeros(3)}):
+        damaged = {name: tensor for name, tensor in {**tensors, **damage}.items() if tensor is not None}
+        _files.save_tensors(path, damaged, metadata)
+        with pytest.raises(ValueError, match="unusable in its part 'momentum'"):
+            run_gated(tmp_path, "adam")
 
 
 @pytest.mark.gpu

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import yaml
 
 from fastrank.train import TrainConfig
 
@@ -45,11 +48,41 @@ def _config(**options: Any) -> TrainConfig:
         ({"checkpoint_steps": 0}, ValueError, "checkpoint_steps"),
         ({"device": 0}, TypeError, "device"),
         ({"workers": -1}, ValueError, "workers"),
+        ({"optimizer": "adamww"}, ValueError, r"optimizer must be one of .*did you mean 'adamw'"),
+        ({"optimizer": None}, TypeError, "optimizer must be one of"),
+        (
+            {"optimizer": "adam", "momentum": 0.5},
+            ValueError,
+            "momentum must be left at 0.9 where optimizer is 'adam', which has no such setting, got 0.5",
+        ),
+        ({"optimizer": "adamw", "nesterov": True}, ValueError, "nesterov must be left at False where optimizer is 'ad"),
+        ({"lr_for": 0.1}, TypeError, "lr_for must be a mapping of parameter names or patterns to learning rates, got"),
+        ({"lr_for": "*.gate_*"}, TypeError, "lr_for must be a mapping"),
+        ({"lr_for": [("*.gate_*", 0.1, 2)]}, TypeError, "lr_for must be a mapping"),
+        ({"lr_for": {3: 0.1}}, TypeError, "keys of lr_for must be str, got int"),
+        ({"lr_for": {"*.gate_*": 0}}, ValueError, r"lr_for\['\*\.gate_\*'\] must be a finite number above 0, got 0"),
+        ({"lr_for": {"a": "1e-3"}}, TypeError, r"lr_for\['a'\] must be a number, got str"),
     ],
 )
 def test_configurations_are_checked(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         _config(**options)
+
+
+def test_rates_of_their_own_are_stored_as_pairs_and_the_first_match_counts() -> None:
+    rates = {"*.gate_out": 1, "*.gate_*": 0.01, "stem.weight": 0.5}
+    config = _config(lr=0.001, lr_for=rates)
+    assert config.lr_for == config.rates == (("*.gate_out", 1.0), ("*.gate_*", 0.01), ("stem.weight", 0.5))
+    found = [config.peak_lr(name) for name in ("a.gate_out", "a.b.gate_in", "stem.weight", "stem.bias", "gate_in")]
+    assert found == [1.0, 0.01, 0.5, 0.001, 0.001]
+    assert hash(config) == hash(_config(lr=0.001, lr_for=list(rates.items())))
+    assert replace(config, epochs=3).lr_for == config.lr_for
+    parsed = yaml.safe_load("{epochs: 2, batch_size: 16, lr: 0.001, schedule: constant, lr_for: {'*.gate_*': 0.01}}")
+    assert TrainConfig(**parsed).lr_for == (("*.gate_*", 0.01),)
+    assert json.loads(json.dumps(asdict(config)))["lr_for"][1] == ["*.gate_*", 0.01]
+    identity = config.identity()
+    assert (identity["optimizer"], identity["lr_for"]) == ("sgd", config.lr_for)
+    assert _config().lr_for == ()
 
 
 def test_learning_rates() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ def batches(
     augment: Augment | None = None,
     drop_last: bool = False,
     workers: int = 0,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> Iterator[Batch]:
     """Images (B, C, H, W) float32 and labels (B,) int64 of one epoch, from batch `start` on.
 
@@ -64,6 +65,7 @@ def batches(
     through a DataLoader with `workers` processes. Batch i is the same whatever `start` and `workers` are: order and
     augmentation come from (seed, epoch, i), and torch's global generator is seeded from them around each image that
     is read from disk. Nothing else draws from the global generator. `drop_last` leaves out an incomplete last batch.
+    `collate` makes a pair of a list of items read from disk, for items that do not stack.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise _checks.fail_type("dataset", "a map-style data set with a length", dataset)
@@ -74,12 +76,12 @@ def batches(
     _checks.integer("workers", workers, 0)
     count = total // batch_size if drop_last else -(-total // batch_size)
     _checks.integer("start", start, 0, count)
-    order = torch.randperm(total, generator=_generator(seed, epoch)) if shuffle else torch.arange(total)
+    order = torch.randperm(total, generator=batch_generator(seed, epoch)) if shuffle else torch.arange(total)
     firsts = range(start * batch_size, min(total, count * batch_size), batch_size)
     indices = [order[first : first + batch_size] for first in firsts]
     if isinstance(dataset, ImageSet):
         return _gathered(dataset, indices, augment, seed, epoch, start)
-    return _read(dataset, indices, augment, seed, epoch, start, workers)
+    return _read(dataset, indices, augment, seed, epoch, start, workers, collate)
 
 
 def _gathered(
@@ -89,7 +91,7 @@ def _gathered(
         rows = rows.to(dataset.pixels.device)
         pixels = dataset.pixels[rows]
         if augment is not None:
-            pixels = augment(pixels, _generator(seed, epoch, position))
+            pixels = augment(pixels, batch_generator(seed, epoch, position))
         yield dataset.normalise(pixels), dataset.labels[rows]
 
 
@@ -101,15 +103,17 @@ def _read(
     epoch: int,
     start: int,
     workers: int,
+    collate: Callable[[list[Any]], Any] | None,
 ) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         _Seeded(dataset, seed, epoch),
         batch_sampler=[rows.tolist() for rows in indices],
         num_workers=workers,
+        collate_fn=collate,
         generator=torch.Generator(),  # its own, because a DataLoader otherwise draws from the global one
     )
     for position, (images, labels) in enumerate(loader, start):
-        yield images if augment is None else augment(images, _generator(seed, epoch, position)), labels
+        yield images if augment is None else augment(images, batch_generator(seed, epoch, position)), labels
 
 
 class _Seeded(Dataset[Any]):
@@ -132,5 +136,6 @@ def _number(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _generator(*parts: int) -> torch.Generator:
+def batch_generator(*parts: int) -> torch.Generator:
+    """A generator on the CPU whose stream depends on `parts` alone."""
     return torch.Generator().manual_seed(_number(*parts))

@@ -59,17 +59,23 @@ _CIFAR100 = _Layout(
 )
 
 
-def cifar10(root: Root, split: str, mean: Numbers | None = None, std: Numbers | None = None) -> ImageSet:
-    """CIFAR-10 as uint8 pixels (N, 3, 32, 32); mean and std as fractions of 255."""
-    return _read(_CIFAR10, root, split, mean, std)
+def cifar10(
+    root: Root, split: str, mean: Numbers | None = None, std: Numbers | None = None, size: int | None = None
+) -> ImageSet:
+    """CIFAR-10 as uint8 pixels (N, 3, 32, 32); mean and std as fractions of 255, size as in `ImageSet`."""
+    return _read(_CIFAR10, root, split, mean, std, size)
 
 
-def cifar100(root: Root, split: str, mean: Numbers | None = None, std: Numbers | None = None) -> ImageSet:
-    """CIFAR-100, fine labels, as uint8 pixels (N, 3, 32, 32); mean and std as fractions of 255."""
-    return _read(_CIFAR100, root, split, mean, std)
+def cifar100(
+    root: Root, split: str, mean: Numbers | None = None, std: Numbers | None = None, size: int | None = None
+) -> ImageSet:
+    """CIFAR-100, fine labels, as uint8 pixels (N, 3, 32, 32); the options are those of `cifar10`."""
+    return _read(_CIFAR100, root, split, mean, std, size)
 
 
-def _read(layout: _Layout, root: Root, split: str, mean: Numbers | None, std: Numbers | None) -> ImageSet:
+def _read(
+    layout: _Layout, root: Root, split: str, mean: Numbers | None, std: Numbers | None, size: int | None
+) -> ImageSet:
     names = layout.train if split == "train" else layout.test
     folder, suffix, read = _find(layout, root, names[0])
     parts = []
@@ -83,7 +89,8 @@ def _read(layout: _Layout, root: Root, split: str, mean: Numbers | None, std: Nu
         torch.as_tensor(default if given is None else given, dtype=torch.float32) * 255
         for given, default in ((mean, layout.mean), (std, layout.std))
     ]
-    return ImageSet(pixels.view(-1, 3, 32, 32), labels, classes=layout.classes, mean=scaled[0], std=scaled[1])
+    pixels = pixels.view(-1, 3, 32, 32)
+    return ImageSet(pixels, labels, classes=layout.classes, mean=scaled[0], std=scaled[1], size=size)
 
 
 def _find(layout: _Layout, root: Root, first: str) -> tuple[Path, str, Callable[[Path, _Layout], Arrays]]:

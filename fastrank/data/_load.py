@@ -11,22 +11,32 @@ import torch
 import torch.nn.functional as F
 
 from fastrank import _checks
-from fastrank.data import _cifar
+from fastrank.data import _cifar, _coco, _mnist
+from fastrank.data._coco import CocoSet
 from fastrank.data._sets import FolderSet, ImageSet, class_folders
 
 Root = str | os.PathLike[str] | None
 
 
-def load(name: str, *, root: Root = None, split: str = "train", **options: Any) -> ImageSet | FolderSet:
+def load(name: str, *, root: Root = None, split: str = "train", **options: Any) -> ImageSet | FolderSet | CocoSet:
     """The data set `name`, split "train" or "test", from files under `root`.
 
     - "digits": scikit-learn's 1,797 handwritten 8×8 digits, embedded in that package (`root` is not used). Options:
       ``size=8`` pixels a side (bilinear), ``channels=1`` or 3, ``held_out=0.3``, the share of
       each class that is the test split.
+    - "mnist": 28×28 grey images; `root` is, or holds, the folder of the four IDX files, plain or gzipped. Options:
+      ``size``, ``channels=1`` or 3, ``mean`` and ``std``.
     - "cifar10", "cifar100": 32×32 colour images; `root` is, or holds, the extracted binary or Python folder. Options:
-      ``mean`` and ``std``, three fractions of full brightness each, for networks trained with others than the default.
+      ``size``; ``mean`` and ``std``, a fraction of full brightness a channel, for networks trained with others than the
+      default.
     - "imagenet": folders ``train/CLASS/*`` and ``val/CLASS/*`` under `root`; the usual random crop and flip for
       training, the central crop for testing; needs torchvision. Options: ``size=224`` pixels a side.
+    - "coco": objects in images of any size, for detectors (see `CocoSet`); ``annotations/instances_train2017.json`` or
+      ``person_keypoints_…`` and the folders ``train2017`` and ``val2017`` under `root`; needs Pillow, and pycocotools
+      for masks. Options: ``task="detection"``, "instances" or "keypoints"; ``year=2017``; ``contiguous=True``.
+
+    ``size`` of MNIST and CIFAR is the pixels a side that images are handed out with (bilinear); the set itself stays as
+    small as it is on disk, and each batch is resized when it is taken.
 
     The result has ``len``, ``classes`` (an int), ``shape`` (C, H, W); those in memory have ``images`` and ``labels``.
     Raises ValueError or TypeError for a wrong argument or a damaged file, FileNotFoundError, naming what was expected
@@ -97,11 +107,13 @@ def _imagenet(root: Root, split: str, size: int = 224) -> FolderSet:
     return FolderSet(folder, transforms.Compose([*first, *normalise]), (3, size, size))
 
 
-_LOADERS: dict[str, tuple[Callable[..., ImageSet | FolderSet], tuple[str, ...]]] = {
+_LOADERS: dict[str, tuple[Callable[..., ImageSet | FolderSet | CocoSet], tuple[str, ...]]] = {
     "digits": (_digits, ("size", "channels", "held_out")),
-    "cifar10": (_cifar.cifar10, ("mean", "std")),
-    "cifar100": (_cifar.cifar100, ("mean", "std")),
+    "mnist": (_mnist.mnist, ("size", "channels", "mean", "std")),
+    "cifar10": (_cifar.cifar10, ("mean", "std", "size")),
+    "cifar100": (_cifar.cifar100, ("mean", "std", "size")),
     "imagenet": (_imagenet, ("size",)),
+    "coco": (_coco.coco, ("task", "year", "contiguous")),
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)
 """What `load` knows."""

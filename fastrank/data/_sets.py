@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastrank import _checks
+
+MAX_SIZE = 4096
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
@@ -19,6 +22,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     `pixels` may be uint8 or floating-point; `mean` and `std` (C,) are in the same unit, and everything handed out is
     ``(pixels - mean) / std`` in float32. Augmentation happens on the pixels, so padding is black, not grey.
+    size: hand the images out at that many pixels a side (bilinear, without aliasing), or as they are where None. They
+    are resized batch by batch, behind the augmentation: only `images` ever holds the whole set at that size.
     """
 
     def __init__(
@@ -29,6 +34,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         classes: int,
         mean: Sequence[float] | Tensor | None = None,
         std: Sequence[float] | Tensor | None = None,
+        size: int | None = None,
     ) -> None:
         if not isinstance(pixels, Tensor):
             raise _checks.fail_type("pixels", "a torch.Tensor", pixels)
@@ -48,12 +54,13 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         self.std = self._per_channel("std", std, 1.0)
         if not bool((self.std > 0).all()):
             raise _checks.fail("std", "above 0 in every channel", self.std.tolist())
+        self.size = None if size is None else _checks.integer("size", size, 1, MAX_SIZE)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         _, channels, height, width = self.pixels.shape
-        return channels, height, width
+        return (channels, height, width) if self.size is None else (channels, self.size, self.size)
 
     @property
     def images(self) -> Tensor:
@@ -61,13 +68,16 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return self.normalise(self.pixels)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, C, H, W) as the network gets them, float32."""
-        return pixels.to(torch.float32).sub(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
+        """Pixels (N, C, H, W) as the network gets them: float32, and of this set's size where it has one."""
+        pixels = pixels.to(torch.float32)
+        if self.size is not None and tuple(pixels.shape[-2:]) != (self.size, self.size):
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
+        return pixels.sub(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same images on another device."""
         pixels, labels = self.pixels.to(device), self.labels.to(device)
-        return ImageSet(pixels, labels, classes=self.classes, mean=self.mean, std=self.std)
+        return ImageSet(pixels, labels, classes=self.classes, mean=self.mean, std=self.std, size=self.size)
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrank import _checks, reference
-
-# Relative to the mean diagonal of the normal equations: keeps components from growing without bound when two of them
-# become parallel, which plain ALS does at higher ranks.
-RIDGE = 1e-9
+from fastrank.decompose import _als, _filters
 
 
 class CPFilters(NamedTuple):
@@ -32,12 +29,14 @@ def max_rank(shape: tuple[int, ...]) -> int:
     return shape[2] * shape[3]
 
 
-def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200, tol: float = 1e-7) -> CPFilters:
+def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200, tol: float = 3e-4) -> CPFilters:
     """CP of rank R of each filter of a kernel (O, I, kh, kw), the three factors of a term balanced in norm.
 
-    Each filter is first compressed without loss to min(I, kh·kw) channels, so that one batched ALS in float64 over all
-    filters is cheap; it starts from `seed` and stops when a sweep improves the relative error by less than `tol`.
-    rank: between 1 and kh·kw, at which the sum is exact. Raises ValueError on other ranks, NaN and Inf.
+    Below rank kh·kw: ALS in float64 from the filters' principal directions, all filters in one batch, with a ridge and
+    momentum (see `_als`); a filter is done when a sweep lowers its squared relative error by less than `tol`. Filters
+    that come near to exact are finished by Gauss–Newton, where need be from random starts drawn from `seed`. No term is
+    larger than `_als.LARGEST_TERM` times its filter. At ranks kh·kw and I·min(kh, kw) a closed form is exact.
+    Raises ValueError on other ranks, empty weights, NaN and Inf.
     """
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
     _checks.filled("weight", weight, "(O, I, kh, kw)")
@@ -46,76 +45,52 @@ def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200,
     _checks.integer("max_iter", max_iter, 1)
     _checks.number("tol", tol, 0.0)
     _checks.finite("weight", weight.detach())
-    # Products of three squares leave float64's range early. A unit whose cube scales the kernel rounds nothing.
-    unit = 2.0 ** max(-340, min(340, math.frexp(float(weight.detach().abs().max()))[1] // 3))
-    filters = weight.detach().double() / unit / unit / unit
-    if rank == max_rank(tuple(weight.shape)):
-        factors = _one_term_a_pixel(filters)
-    else:
-        basis, small = _compress(filters)
-        a, b, c = _als(small, rank, seed, max_iter, tol)
-        factors = torch.einsum("oim,orm->ori", basis, a), b, c
-    return CPFilters(*((factor.transpose(0, 1) * unit).to(weight.dtype).contiguous() for factor in _balance(*factors)))
+    with torch.no_grad(), reference.linalg.full_precision(weight.device):
+        filters, unit = _scaled(weight.double())
+        if rank == max_rank(tuple(weight.shape)):
+            a, b, c = _one_term_a_pixel(filters)
+        elif rank >= weight.shape[1] * min(weight.shape[2:]):
+            a, b, c = _svd_a_channel(filters, rank)
+        else:
+            a, b, c = _fit(filters, rank, seed, max_iter, tol)
+        # b and c have norm 1, so a has the norm of the term.
+        size = a.norm(dim=2, keepdim=True)
+        share = size ** (1 / 3) * unit ** (1 / 3)
+        a = a * (share / size.clamp(min=torch.finfo(size.dtype).tiny))
+        return CPFilters(*(x.transpose(0, 1).to(weight.dtype).contiguous() for x in (a, b * share, c * share)))
 
 
-def _compress(filters: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, I, kh, kw) as an orthonormal basis (O, I, m) times (O, m, kh, kw), m = min(I, kh·kw)."""
-    basis, small = torch.linalg.qr(filters.flatten(2))
-    return basis, small.unflatten(2, filters.shape[2:])
+def _scaled(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, I, kh, kw) with entries of at most 2 a filter, and the powers of two, (O, 1, 1), that they were divided by.
+
+    That rounds nothing and keeps the squares of any scale finite.
+    """
+    peak = filters.flatten(1).abs().amax(1)[:, None, None, None]
+    unit = torch.where(peak > 0, peak / torch.frexp(peak).mantissa / 2, torch.ones_like(peak))
+    return filters / unit, unit[..., 0]
+
+
+def _fit(filters: Tensor, rank: int, seed: int, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    pixels = filters.flatten(2)
+    gram = pixels.mT @ pixels
+    energy = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    gram = gram / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+    ridge, b, c = _filters.search(gram, (filters.shape[2], filters.shape[3]), rank, seed, max_iter, tol)
+    images = _als.khatri_rao(b, c)
+    return _als.solve(images @ images.mT, ridge, images) @ pixels.mT, b, c
 
 
 def _one_term_a_pixel(filters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out_channels, _, kh, kw = filters.shape
     rows = torch.eye(kh, dtype=filters.dtype, device=filters.device).repeat_interleave(kw, 0)
     columns = torch.eye(kw, dtype=filters.dtype, device=filters.device).repeat(kh, 1)
-    return filters.flatten(2).transpose(1, 2), rows.expand(out_channels, -1, -1), columns.expand(out_channels, -1, -1)
+    return filters.flatten(2).mT, rows.expand(out_channels, -1, -1), columns.expand(out_channels, -1, -1)
 
 
-def _als(target: Tensor, rank: int, seed: int, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Batched ALS on (O, m, kh, kw) -> (O, R, m), (O, R, kh), (O, R, kw)."""
-    generator = torch.Generator().manual_seed(seed)
-    out_channels, _, kh, kw = target.shape
-    b = torch.randn(out_channels, rank, kh, generator=generator, dtype=torch.float64).to(target.device)
-    c = torch.randn(out_channels, rank, kw, generator=generator, dtype=torch.float64).to(target.device)
-    # One unfolding a factor, its own mode last: (O, kh·kw, m), (O, m·kw, kh), (O, m·kh, kw).
-    of_a = target.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-    of_b = target.permute(0, 1, 3, 2).flatten(1, 2).contiguous()
-    of_c = target.flatten(1, 2)
-    total = target.square().sum()
-    error = torch.full_like(total, torch.inf)
-    for _ in range(max_iter):
-        a = _solve(of_a, b, c)
-        b = _solve(of_b, a, c)
-        c = _solve(of_c, a, b)
-        a, b, c = _balance(a, b, c)
-        previous = error
-        error = (of_a - _khatri_rao(b, c).mT @ a).square().sum()
-        if previous - error <= tol * total:
-            break
-    return a, b, c
-
-
-def _khatri_rao(p: Tensor, q: Tensor) -> Tensor:
-    """Products of all entries of p (O, R, j) and q (O, R, k), term by term: (O, R, j·k)."""
-    return (p[..., :, None] * q[..., None, :]).flatten(2)
-
-
-def _solve(unfolding: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Least squares of one factor given the other two: (PPᵀ ∘ QQᵀ + ridge) X = KR(P, Q) · unfolding, a filter each."""
-    gram = (p @ p.mT) * (q @ q.mT)
-    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)
-    # A zero filter has a zero Gram matrix: any positive ridge then gives the right answer, zero.
-    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    return torch.cholesky_solve(_khatri_rao(p, q) @ unfolding, factor)
-
-
-def _balance(*factors: Tensor) -> tuple[Tensor, ...]:
-    """The same terms, with the three factors of each of equal norm."""
-    norms = [factor.norm(dim=-1, keepdim=True) for factor in factors]
-    target = (norms[0] * norms[1] * norms[2]) ** (1 / 3)
-    return tuple(
-        torch.where(norm > 0, factor * (target / norm.clamp(min=torch.finfo(norm.dtype).tiny)), factor * 0)
-        for factor, norm in zip(factors, norms, strict=True)
-    )
+def _svd_a_channel(filters: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triples of every channel, a kh × kw matrix, and terms of zeros up to the rank. For few channels."""
+    b, sizes, c = torch.linalg.svd(filters, full_matrices=False)
+    a = torch.diag_embed(sizes.transpose(1, 2)).permute(0, 3, 1, 2)
+    missing = (0, 0, 0, rank - sizes[0].numel())
+    a, b, c = a.flatten(1, 2), b.mT.flatten(1, 2), c.flatten(1, 2)
+    return F.pad(a, missing), F.pad(b, missing), F.pad(c, missing)

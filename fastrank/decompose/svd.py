@@ -1,10 +1,11 @@
-"""Two-layer factorisations of a kernel by one truncated SVD (TRP's three schemes)."""
+"""Two-layer factorisations of a kernel by truncated SVDs (TRP's three schemes)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastrank import _checks, ops
+from fastrank import _checks, reference
+from fastrank.decompose import _spectral
 from fastrank.decompose.unfold import unfold
 
 
@@ -16,11 +17,12 @@ def channel_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     matrix = unfold(weight, "channel")
     _checks.integer("rank", rank, 1, min(matrix.shape))
     _checks.finite("weight", weight.detach())
-    ((u, s, vh),) = ops.svd([matrix.detach()])
+    with reference.linalg.full_precision(weight.device):
+        u, s, vh = _spectral.svd(matrix.detach())
     root = s[:rank].sqrt()
     first = (root[:, None] * vh[:rank]).reshape(rank, *weight.shape[1:])
     second = (u[:, :rank] * root)[:, :, None, None]
-    return first.to(weight.dtype), second.to(weight.dtype)
+    return first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous()
 
 
 def spatial_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +35,8 @@ def spatial_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _checks.integer("rank", rank, 1, min(matrix.shape))
     _checks.finite("weight", weight.detach())
     out_channels, in_channels, kh, kw = weight.shape
-    ((u, s, vh),) = ops.svd([matrix.detach()])
+    with reference.linalg.full_precision(weight.device):
+        u, s, vh = _spectral.svd(matrix.detach())
     vertical = u[:, :rank].T.reshape(rank, in_channels, kh, 1)
     horizontal = (s[:rank, None] * vh[:rank]).reshape(rank, out_channels, 1, kw).transpose(0, 1)
     return vertical.to(weight.dtype).contiguous(), horizontal.to(weight.dtype).contiguous()
@@ -46,14 +49,12 @@ def decoupled_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
     _checks.filled("weight", weight, "(O, I, kh, kw)")
-    out_channels, in_channels, kh, kw = weight.shape
+    _, in_channels, kh, kw = weight.shape
     _checks.integer("rank", rank, 1, min(in_channels, kh * kw))
     _checks.finite("weight", weight.detach())
-    factors = ops.svd(list(weight.detach().flatten(2)))
-    pointwise = weight.new_empty(rank, out_channels, in_channels)
-    depthwise = weight.new_empty(rank, out_channels, kh, kw)
-    for o, (u, s, vh) in enumerate(factors):
-        root = s[:rank].sqrt()
-        pointwise[:, o] = (u[:, :rank] * root).T
-        depthwise[:, o] = (root[:, None] * vh[:rank]).reshape(rank, kh, kw)
-    return pointwise, depthwise
+    with reference.linalg.full_precision(weight.device):
+        u, s, vh = _spectral.svd_batch(weight.detach().flatten(2))
+    root = s[:, :rank, None].sqrt()
+    pointwise = (u[:, :, :rank].mT * root).transpose(0, 1)
+    depthwise = (root * vh[:, :rank]).transpose(0, 1).unflatten(2, (kh, kw))
+    return pointwise.to(weight.dtype).contiguous(), depthwise.to(weight.dtype).contiguous()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastrank import ranks
@@ -24,9 +25,17 @@ class Candidate:
     _spectra: dict[str, Tensor] = field(default_factory=dict)
 
     def spectrum(self, matricization: str) -> Tensor:
-        """σ (n,) of the named matricization, descending, float64."""
+        """σ (n,) of the named matricization, descending, float64.
+
+        "decoupled" has one matrix a filter and one rank for all: σ_i there is the root of the filters' summed σ_i².
+        """
         if matricization not in self._spectra:
-            self._spectra[matricization] = ranks.singular_values(unfold(self.conv.weight.detach(), matricization))
+            weight = self.conv.weight.detach()
+            if matricization == "decoupled":
+                found = torch.linalg.svdvals(weight.flatten(2).double()).square().sum(0).sqrt()
+            else:
+                found = ranks.singular_values(unfold(weight, matricization))
+            self._spectra[matricization] = found
         return self._spectra[matricization]
 
     @property

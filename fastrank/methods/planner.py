@@ -40,6 +40,7 @@ METHODS: dict[str, Method] = {
     "vbmf": vbmf.METHOD,
     "trp-channel": trp.CHANNEL,
     "trp-spatial": trp.SPATIAL,
+    "trp-decoupled": trp.DECOUPLED,
     "norton": norton.METHOD,
     "auto": Method(_propose_auto, {"energy": 0.95}, knob="energy"),
 }
@@ -56,8 +57,9 @@ def make_plan(
 ) -> Plan:
     """A plan for every convolution of `model`, each with a reason.
 
-    method: "nrmf" (Tucker-2 at energy ranks; energy=0.95), "vbmf" (Tucker-2 at EVBMF ranks), "trp-channel" and
-    "trp-spatial" (energy=0.98, or threshold=σ), "norton" (rank=4), "auto" (the cheapest form; energy=0.95).
+    method: "nrmf" (Tucker-2 at energy ranks; energy=0.95), "vbmf" (Tucker-2 at EVBMF ranks), "trp-channel",
+    "trp-spatial" and "trp-decoupled" (energy=0.98, or threshold=σ), "norton" (rank=4), "auto" (the cheapest form;
+    energy=0.95).
     example_input: a batch for the model; with it a layer is factored only where that takes fewer multiply-adds at its
     real stride and map, without it only where it takes fewer weights.
     budget: {"macs": share} or {"params": share} of the whole dense model; sets the energy so that the compressed model
@@ -67,14 +69,14 @@ def make_plan(
     Raises ValueError or TypeError, naming the argument.
     """
     chosen = METHODS[_checks.choice("method", method, METHODS)]
-    settings = _settings(chosen, method, options)
+    settings = check_options(method, options)
     found = convert.sites(model)
-    _check_skip(skip, [site.name for site in found])
+    check_skip(skip, [site.name for site in found])
     sizes = {} if example_input is None else convert.input_sizes(model, example_input)
     candidates: dict[str, Candidate] = {}
     fixed: dict[str, LayerPlan] = {}
     for site in found:
-        reason = site.reason or _skipped(site.name, skip)
+        reason = site.reason or skipped(site.name, skip)
         if not reason and sizes and site.name not in sizes:
             reason = "the model does not run it on the example input"
         if reason:
@@ -105,7 +107,9 @@ def make_plan(
     return Plan(layers(settings), method, options)
 
 
-def _settings(chosen: Method, method: str, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """All options of `method`, the given ones checked; ValueError or TypeError, naming what is wrong."""
+    chosen = METHODS[_checks.choice("method", method, METHODS)]
     for name in options:
         _checks.choice(f"option of method {method!r}", name, chosen.defaults)
     settings = {**chosen.defaults, **options}
@@ -118,7 +122,7 @@ def _settings(chosen: Method, method: str, options: dict[str, Any]) -> dict[str,
     return settings
 
 
-def _check_skip(skip: Any, names: list[str]) -> None:
+def check_skip(skip: Any, names: list[str]) -> None:
     if not isinstance(skip, tuple | list) or not all(isinstance(pattern, str) for pattern in skip):
         raise _checks.fail_type("skip", "a list of layer names or patterns", skip)
     for pattern in skip:
@@ -128,7 +132,7 @@ def _check_skip(skip: Any, names: list[str]) -> None:
             raise _checks.fail("skip", "names or patterns of convolutions of the model", f"{pattern!r}{hint}")
 
 
-def _skipped(name: str, skip: tuple[str, ...] | list[str]) -> str:
+def skipped(name: str, skip: tuple[str, ...] | list[str]) -> str:
     pattern = next((pattern for pattern in skip if fnmatchcase(name, pattern)), None)
     return f"skip={pattern!r} asks for it" if pattern is not None else ""
 

@@ -20,11 +20,12 @@ def regularizers(
 ) -> list[Regularizer]:
     """The projection D, and with `nuclear` = λ > 0 the sub-gradient term λ · U_k V_kᵀ taken before it ("TRP+Nu").
 
-    The paper uses every = 20, energy = 0.98 (a discarded tail of 0.02); λ = 3e-4.
+    scheme: "channel", "spatial" or "decoupled", where each filter is cut to its own rank. The paper uses every = 20,
+    energy = 0.98 (a discarded tail of 0.02); λ = 3e-4.
     """
     found: list[Regularizer] = [LowRankProjection(model, every=every, energy=energy, matricization=scheme)]
     if nuclear:
-        found.insert(0, NuclearNorm(model, nuclear, energy=energy, matricizations=scheme))
+        found.insert(0, NuclearNorm(model, nuclear, energy=energy, matricization=scheme))
     return found
 
 
@@ -33,7 +34,7 @@ def _propose(scheme: str, layer: Candidate, options: dict[str, Any]) -> LayerPla
         return dense("TRP leaves the first convolution alone")
     if layer.is_pointwise:
         return dense("TRP leaves 1×1 kernels alone")
-    if layer.conv.stride != (1, 1):
+    if layer.conv.stride != (1, 1) and scheme != "decoupled":
         return dense("TRP factors convolutions of stride 1 only")
     spectrum = layer.spectrum(scheme)
     if options["threshold"] is not None:
@@ -57,6 +58,12 @@ def propose_spatial(layer: Candidate, options: dict[str, Any]) -> LayerPlan:
     return _propose("spatial", layer, options)
 
 
+def propose_decoupled(layer: Candidate, options: dict[str, Any]) -> LayerPlan:
+    """R pointwise→depthwise paths a filter, summed; the energy is that of all filters together."""
+    return _propose("decoupled", layer, options)
+
+
 _DEFAULTS = {"energy": 0.98, "threshold": None}
 CHANNEL = Method(propose_channel, _DEFAULTS, knob="energy")
 SPATIAL = Method(propose_spatial, _DEFAULTS, knob="energy")
+DECOUPLED = Method(propose_decoupled, _DEFAULTS, knob="energy")

@@ -45,7 +45,8 @@ def structure(model: nn.Module) -> dict[str, tuple[type, str]]:
                 layer.dilation,
             )
             module = nn.Conv2d(*sizes, 1, layer.bias is not None, layer.padding_mode, device="meta")
-        found[name] = type(module), module.extra_repr()
+        # A leaf says all it knows, since some keep their settings out of extra_repr.
+        found[name] = type(module), module.extra_repr() if module._modules else repr(module)
     return found
 
 

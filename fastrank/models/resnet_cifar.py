@@ -1,4 +1,4 @@
-"""ResNets of depth 6n+2 for 32×32 images (He et al. 2016, section 4.2)."""
+"""ResNets of depth 6n+2 for 32×32 images (He et al. 2016, section 4.2), and one named alike of bottlenecks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrank.models._blocks import Widths, conv3x3, initialise
+from fastrank.models.resnet_imagenet import Bottleneck
 
 _STAGES = ((16, 1), (32, 2), (64, 2))
 
@@ -108,3 +109,47 @@ def resnet_56(num_classes: int, rank: int, rates: Sequence[float]) -> nn.Module:
 def resnet_110(num_classes: int, rank: int, rates: Sequence[float]) -> nn.Module:
     """ResNet-110 with option-A shortcuts (1,727,962 parameters)."""
     return CifarResNet(110, num_classes, rank, rates)
+
+
+class BottleneckCifarResNet(nn.Module):
+    """Input (N, 3, H, W) -> (N, num_classes): bottlenecks of expansion 4 with 1×1 convolutions as shortcuts.
+
+    A rank makes CP blocks of the stem and of the 3×3 convolution of each bottleneck; the widths are fixed.
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(self, blocks: int, num_classes: int, rank: int) -> None:
+        super().__init__()
+        before = 16
+        self.conv1 = conv3x3(3, before, rank=rank)
+        self.bn1 = nn.BatchNorm2d(before)
+        self.relu = nn.ReLU(inplace=True)
+        for stage, (mid, stride) in enumerate(_STAGES):
+            layer = nn.Sequential()
+            for block in range(blocks):
+                first = block == 0
+                layer.append(Bottleneck(before, mid, 4 * mid, stride if first else 1, rank, project=first))
+                before = 4 * mid
+            self.add_module(f"layer{stage + 1}", layer)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(before, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, num_classes)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return logits
+
+
+def resnet_56_bottleneck(num_classes: int, rank: int, rates: Sequence[float]) -> nn.Module:
+    """The "ResNet-56" of TRP's experiments (869,530 parameters); no rate changes a width.
+
+    Its name counts two layers a block, as if 56 = 6n+2 were of basic blocks, but each of its 9 blocks a stage is a
+    bottleneck of three. (TRP's code has no ReLU between the 3×3 convolution and the last; the usual block has.)
+    """
+    return BottleneckCifarResNet(9, num_classes, rank)

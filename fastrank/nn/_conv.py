@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrank import _checks
+from fastrank._stages import ConvStage
 from fastrank.ops._conv import same_padding
 from fastrank.ops._register import memory_format
 
@@ -40,7 +42,7 @@ def why_not_factorable(module: nn.Module) -> str:
     return ""
 
 
-class FactoredConv2d(nn.Module):
+class FactoredConv2d(nn.Module, ABC):
     """A convolution held as factors: geometry, padding and bias as in `nn.Conv2d`, with groups fixed at 1."""
 
     bias: nn.Parameter | None
@@ -80,6 +82,22 @@ class FactoredConv2d(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         )
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the factors anew."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Conv2d:
+        """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
+
+    @abstractmethod
+    def to_sequential(self) -> nn.Sequential:
+        """The same as plain modules, for export and comparison."""
+
+    @abstractmethod
+    def conv_stages(self, in_size: Pair) -> list[ConvStage]:
+        """The plain convolutions that this layer stands for on an (H, W) map, for counting."""
 
     def _init_bias(self) -> None:
         if self.bias is not None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrank import _checks, ops
-from fastrank.decompose.unfold import MATRICIZATIONS, fold, unfold
+from fastrank.decompose.unfold import ALL_MATRICIZATIONS, fold_all, unfold_all
 from fastrank.nn._conv import why_not_factorable
-from fastrank.regularize.base import Regularizer
+from fastrank.regularize.base import Regularizer, add_gradient, trained
 
 
 def spatial_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -35,6 +35,12 @@ def spatial_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
     return kernels
 
 
+def shape_of(kernel: Tensor) -> tuple[int, int, int, int]:
+    """(O, I, kh, kw)."""
+    out_channels, in_channels, kh, kw = kernel.shape
+    return out_channels, in_channels, kh, kw
+
+
 @contextmanager
 def named(kernels: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Where an operator refuses a matrix of these kernels, say which layer it came from."""
@@ -46,18 +52,12 @@ def named(kernels: Mapping[str, nn.Parameter]) -> Iterator[None]:
         raise
 
 
-def add_gradient(parameter: nn.Parameter, gradient: Tensor, weight: float) -> None:
-    """parameter.grad += weight · gradient."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad.add_(gradient.to(parameter.grad.dtype), alpha=weight)
-
-
 class NuclearNorm(Regularizer):
-    """weight · Σ over the kernels larger than 1×1 of `model` and over `matricizations` of ‖unfold(W)‖_*.
+    """weight · Σ over the kernels larger than 1×1 of `model`, and over their matrices, of ‖·‖_*.
 
-    The sub-gradient is U_k V_kᵀ folded back, k by the energy rule (`energy` in (0, 1]; None: the numerical rank).
-    matricizations: one or more of "mode3", "mode4", "channel", "spatial" (see `fastrank.decompose.unfold`).
+    The sub-gradient is U_k V_kᵀ folded back, k by the energy rule of each matrix (`energy` in (0, 1]; None: the
+    numerical rank). matricization: one or more of "mode3", "mode4", "channel", "spatial", "decoupled" (the last gives
+    one matrix a filter); see `fastrank.decompose.unfold`.
     Source: TRP (one matricization, energy rule); NRMF's nuclear form (mode3 and mode4).
     """
 
@@ -67,34 +67,40 @@ class NuclearNorm(Regularizer):
         weight: float,
         *,
         energy: float | None = None,
-        matricizations: Sequence[str] | str = ("mode3", "mode4"),
+        matricization: Sequence[str] | str = ("mode3", "mode4"),
     ) -> None:
         self.weight = _checks.number("weight", weight, 0.0)
         self.energy = None if energy is None else _checks.number("energy", energy, 0.0, 1.0, open_low=True)
-        names = (matricizations,) if isinstance(matricizations, str) else tuple(matricizations)
-        self.matricizations = tuple(_checks.choice("matricizations", name, MATRICIZATIONS) for name in names)
+        names = (matricization,) if isinstance(matricization, str) else tuple(matricization)
+        self.matricization = tuple(_checks.choice("matricization", name, ALL_MATRICIZATIONS) for name in names)
         if not names:
-            raise _checks.fail("matricizations", f"at least one of {list(MATRICIZATIONS)}", "none")
+            raise _checks.fail("matricization", f"at least one of {list(ALL_MATRICIZATIONS)}", "none")
         self.kernels = spatial_kernels(model)
 
-    def _matrices(self) -> list[Tensor]:
-        return [unfold(w.detach(), name) for w in self.kernels.values() for name in self.matricizations]
+    def governed(self) -> Mapping[str, nn.Parameter]:
+        """The kernels, by layer name."""
+        return self.kernels
+
+    def _matrices(self) -> list[list[Tensor]]:
+        kernels = trained(self.kernels).values()
+        return [unfold_all(kernel.detach(), name) for kernel in kernels for name in self.matricization]
 
     def add_gradients(self) -> None:
         """Add weight · Σ fold(U_k V_kᵀ) to every kernel's gradient."""
         if self.weight == 0:
             return
+        groups = self._matrices()
         with named(self.kernels):
-            sub = iter(ops.nuclear_subgradient(self._matrices(), energy=self.energy))
-        for kernel in self.kernels.values():
-            shape = (kernel.shape[0], kernel.shape[1], kernel.shape[2], kernel.shape[3])
-            for name in self.matricizations:
-                add_gradient(kernel, fold(next(sub), name, shape), self.weight)
+            found = iter(ops.nuclear_subgradient([matrix for group in groups for matrix in group], energy=self.energy))
+        subgradients = iter([[next(found) for _ in group] for group in groups])
+        for kernel in trained(self.kernels).values():
+            for name in self.matricization:
+                add_gradient(kernel, fold_all(next(subgradients), name, shape_of(kernel)), self.weight)
 
     def value(self) -> Tensor:
         """weight · Σ‖·‖_*."""
         with named(self.kernels):
-            return self.weight * ops.nuclear_norm(self._matrices())
+            return self.weight * ops.nuclear_norm([matrix for group in self._matrices() for matrix in group])
 
 
 class GramTrace(Regularizer):
@@ -108,11 +114,15 @@ class GramTrace(Regularizer):
         self.weight = _checks.number("weight", weight, 0.0)
         self.kernels = spatial_kernels(model)
 
+    def governed(self) -> Mapping[str, nn.Parameter]:
+        """The kernels, by layer name."""
+        return self.kernels
+
     def add_gradients(self) -> None:
         """Add 2 · weight · W to every kernel's gradient."""
         if self.weight == 0:
             return
-        for kernel in self.kernels.values():
+        for kernel in trained(self.kernels).values():
             add_gradient(kernel, kernel.detach(), 2 * self.weight)
 
     def value(self) -> Tensor:

@@ -16,13 +16,15 @@ from torch.optim import Optimizer
 
 from fastrank import _atomic, _checks, _files
 from fastrank.regularize.base import Regularizer
+from fastrank.train._optimizer import state_names
 from fastrank.train._progress import EpochRow
 
 FORMAT = 1
 KEY = "fastrank.checkpoint"
 MODEL = "model/"
-MOMENTUM = "momentum/"
+STATE = {"momentum_buffer": "momentum/", "exp_avg": "exp_avg/", "exp_avg_sq": "exp_avg_sq/", "step": "adam_step/"}
 TENSOR = "__tensor__"
+SCALARS = ("() float32", "() float64")
 PARTS: dict[str, type | tuple[type, ...]] = {
     "identity": dict,
     "trained": list,
@@ -72,9 +74,9 @@ def save(path: FileName, run: Run) -> None:
     """Write `run` and the state of torch's random number generators to `path`, atomically."""
     tensors = {MODEL + name: tensor for name, tensor in _model_state(run.model).items()}
     for name, parameter in run.trained().items():
-        momentum = run.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[MOMENTUM + name] = momentum
+        for key, tensor in run.optimizer.state.get(parameter, {}).items():
+            if key in state_names(run.optimizer) and tensor is not None:
+                tensors[STATE[key] + name] = tensor
     tensors["random/cpu"] = torch.get_rng_state()
     if run.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(run.device)
@@ -101,15 +103,18 @@ def restore(path: FileName, run: Run) -> None:
     """
     tensors, metadata = _files.load_tensors(path)
     header = _header(path, metadata)
-    kept, momenta = _group(tensors, MODEL), _group(tensors, MOMENTUM)
+    kept = _group(tensors, MODEL)
+    moments = {key: _group(tensors, STATE[key]) for key in state_names(run.optimizer)}
     _require_same(path, header, kept, run)
-    _require_whole(path, header, tensors, momenta, run)
+    _require_whole(path, header, tensors, moments, run)
     states = _unpack(header["regularizers"], tensors)
 
     run.model.load_state_dict(kept)
     trained = run.trained()
-    for name, tensor in momenta.items():
-        run.optimizer.state[trained[name]]["momentum_buffer"] = torch.empty_like(trained[name]).copy_(tensor)
+    for key, group in moments.items():
+        for name, tensor in group.items():
+            own = tensor if key == "step" else torch.empty_like(trained[name]).copy_(tensor)
+            run.optimizer.state[trained[name]][key] = own
     if header["scaler"]:
         run.scaler.load_state_dict(header["scaler"])
     for regularizer, state in zip(run.regularizers, states, strict=True):
@@ -155,23 +160,36 @@ def _require_same(path: FileName, header: Mapping[str, Any], kept: Mapping[str, 
 
 
 def _require_whole(
-    path: FileName, header: dict[str, Any], tensors: Mapping[str, Tensor], momenta: Mapping[str, Tensor], run: Run
+    path: FileName,
+    header: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]],
+    run: Run,
 ) -> None:
     """Raise ValueError on a part that would fail, or be taken for something else, halfway through a restore."""
-    trained = run.trained()
     columns = {column.name for column in fields(EpochRow)}
     whole = {
         "step": header["step"] >= 0,
         "scaler": header["scaler"].keys() == run.scaler.state_dict().keys(),
         "regularizers": len(header["regularizers"]) == len(run.regularizers),
         "history": all(isinstance(row, dict) and row.keys() == columns for row in header["history"]),
-        "momentum": all(_describe(tensor) == _describe(trained.get(name)) for name, tensor in momenta.items()),
+        "momentum": _belong(moments, run.trained()),
         "random/cpu": _describe(tensors.get("random/cpu")) == _describe(torch.get_rng_state()),
         "totals": _describe(tensors.get("totals")) == _describe(run.totals),
     }
     for name, good in whole.items():
         if not good:
             raise _broken(path, name)
+
+
+def _belong(moments: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Tensor]) -> bool:
+    """Whether every parameter that has one of the optimizer's tensors is trained and has them all, in its shape."""
+    first = next(iter(moments.values()))
+    return all(group.keys() == first.keys() <= trained.keys() for group in moments.values()) and all(
+        _describe(tensor) in (SCALARS if key == "step" else [_describe(trained[name])])
+        for key, group in moments.items()
+        for name, tensor in group.items()
+    )
 
 
 def _broken(path: FileName, part: str) -> ValueError:

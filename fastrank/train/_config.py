@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, cast
 
 from fastrank import _checks
 from fastrank.data import Augment
 
 SCHEDULES = ("cosine", "steps", "constant")
+OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,13 @@ class TrainConfig:
 
     lr is the peak of the schedule, which moves at every step: "cosine" falls to 0 at the end of the last epoch, "steps"
     multiplies by `gamma` at the start of every epoch (from 0) in `milestones`, "constant" stays; each begins with
-    `warmup_epochs` (may be a fraction) of linear growth. `weight_decay` acts on all trained parameters, as in the
-    published recipes, or only on those of two dimensions and more where `decay_norm_and_bias` is False.
+    `warmup_epochs` (may be a fraction) of linear growth. `lr_for` maps names of parameters, or patterns such as
+    "*.gate_*", to a peak of their own, which the schedule moves in proportion; of several patterns that match, the
+    first counts. It is stored as a tuple of pairs.
+
+    optimizer: "sgd", to which alone `momentum` and `nesterov` belong; "adam" or "adamw", with torch's betas.
+    `weight_decay` acts on all trained parameters, whatever their learning rate, as in the published recipes, or only on
+    those of two dimensions and more where `decay_norm_and_bias` is False; only "adamw" keeps it out of the gradient.
 
     amp: False; "bf16"; "fp16", with a gradient scaler; True, which is "fp16" on a GPU and "bf16" elsewhere. Weights,
     regularisers and evaluation stay in float32. `clip_norm` bounds the norm of all gradients, penalties included.
@@ -43,6 +51,8 @@ class TrainConfig:
     warmup_epochs: float = 0
     label_smoothing: float = 0.0
     decay_norm_and_bias: bool = True
+    optimizer: str = "sgd"
+    lr_for: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     amp: bool | str = False
     clip_norm: float | None = None
     shift: int = 0
@@ -75,6 +85,7 @@ class TrainConfig:
             _checks.choice("amp", self.amp, ("fp16", "bf16"))
         if self.device is not None and not isinstance(self.device, str):
             raise _checks.fail_type("device", "a str or None", self.device)
+        self._check_optimizer()
         Augment(self.shift, self.flip)
         _checks.choice("schedule", self.schedule, SCHEDULES)
         if not isinstance(self.milestones, tuple | list):
@@ -86,8 +97,33 @@ class TrainConfig:
             expected = "given" if self.schedule == "steps" else "empty"
             raise _checks.fail("milestones", f"{expected} where schedule is {self.schedule!r}", self.milestones)
 
+    def _check_optimizer(self) -> None:
+        _checks.choice("optimizer", self.optimizer, OPTIMIZERS)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("momentum", "nesterov"):
+            if self.optimizer != "sgd" and getattr(self, name) != defaults[name]:
+                expected = f"left at {defaults[name]} where optimizer is {self.optimizer!r}, which has no such setting"
+                raise _checks.fail(name, expected, getattr(self, name))
+        pairs = tuple(self.lr_for.items()) if isinstance(self.lr_for, Mapping) else self.lr_for
+        if not isinstance(pairs, tuple | list) or any(not isinstance(p, tuple | list) or len(p) != 2 for p in pairs):
+            raise _checks.fail_type("lr_for", "a mapping of parameter names or patterns to learning rates", self.lr_for)
+        for pattern, peak in pairs:
+            if not isinstance(pattern, str):
+                raise _checks.fail_type("keys of lr_for", "str", pattern)
+            _checks.number(f"lr_for[{pattern!r}]", peak, 0, open_low=True)
+        object.__setattr__(self, "lr_for", tuple((pattern, float(peak)) for pattern, peak in pairs))
+
+    @property
+    def rates(self) -> tuple[tuple[str, float], ...]:
+        """`lr_for` as it is stored: pairs of a pattern and a peak learning rate."""
+        return cast("tuple[tuple[str, float], ...]", self.lr_for)
+
+    def peak_lr(self, parameter: str) -> float:
+        """The peak learning rate of the parameter of that name."""
+        return next((peak for pattern, peak in self.rates if fnmatchcase(parameter, pattern)), self.lr)
+
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of optimizer step number `step`, counted from 0 over the whole run."""
+        """The learning rate of optimizer step number `step`, counted from 0 over the whole run, from the peak `lr`."""
         warmup = round(self.warmup_epochs * steps_per_epoch)
         if step < warmup:
             return self.lr * (step + 1) / warmup

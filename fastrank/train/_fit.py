@@ -16,12 +16,15 @@ from fastrank import _checks
 from fastrank.regularize.base import Regularizer
 from fastrank.train import _checkpoint, _progress
 from fastrank.train._config import TrainConfig
-from fastrank.train._evaluate import flags_restored, ready, resolve_device
+from fastrank.train._detection import Detection
+from fastrank.train._evaluate import flags_restored, resolve_device
 from fastrank.train._loop import Loop
 from fastrank.train._progress import EpochRow
+from fastrank.train._task import Classification, Task
 
 CHECKPOINT = "checkpoint.safetensors"
 History = list[EpochRow]
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection)}
 
 
 def fit(
@@ -36,17 +39,25 @@ def fit(
     label: str = "train",
     progress: bool | None = None,
     on_epoch: Callable[[EpochRow], object] | None = None,
+    task: str | Task = "classification",
 ) -> History:
     """Train `model`, a classifier (N, C, H, W) -> (N, classes), in place; one row of history an epoch.
 
-    Parameters with ``requires_grad=False`` are left alone. A step is: gradients, unscaled; every regulariser's
-    `add_gradients`; clipping; the optimizer; every regulariser's `after_step`. `on_epoch` is called after each epoch
-    and before its checkpoint. A last batch of a single image is left out, because batch normalisation refuses it.
+    With ``task="detection"`` it is a detector of torchvision's kind instead, `train_data` gives images and targets, and
+    `test_data` is a `fastrank.data.CocoSet`; rows then bear average precisions as `metrics`. A `Task` of one's own is
+    taken as well.
+
+    Parameters with ``requires_grad=False`` are left alone. Before the first step every regulariser's `bind` meets the
+    optimizer, which has to hold what the regulariser governs; an epoch begins with its `start_epoch`. A step is:
+    gradients, unscaled; every regulariser's `add_gradients`; clipping; the optimizer; every regulariser's `after_step`.
+    `on_epoch` is called after each epoch and before its checkpoint. A last batch of a single image is left out, because
+    batch normalisation refuses it.
 
     With `run_dir`, the run is kept in ``run_dir/checkpoint.safetensors``; with `resume`, a checkpoint found there is
     continued, bit for bit as if never interrupted (on a GPU, under deterministic algorithms), and a finished one is
     restored at once. It must agree in the configuration, the model's tensors, the number of training images, and the
-    regularisers' classes and plain public attributes (names without a leading underscore, not in their state).
+    regularisers' classes and public attributes that are plain or dataclasses (names without a leading underscore, not
+    in their state).
     Afterwards the global random state and every module's training flag are the caller's again.
     `progress`: a bar on a terminal, a line an epoch elsewhere, both on standard error; False: nothing.
 
@@ -60,9 +71,12 @@ def fit(
         if not isinstance(regularizer, Regularizer):
             raise _checks.fail_type("regularizers", "a sequence of fastrank.regularize.Regularizer", regularizer)
     device = resolve_device(config.device, model)
-    train_data = ready("train_data", train_data, device)
-    test_data = None if test_data is None else ready("test_data", test_data, device)
-    loop = Loop(model.to(device), train_data, test_data, config, regularizers, label, device)
+    if not isinstance(task, Task):
+        task = TASKS[_checks.choice("task", task, TASKS)]()
+    train_data = task.ready("train_data", train_data, device)
+    test_data = None if test_data is None else task.ready("test_data", test_data, device)
+    task.check(config, train_data, test_data)
+    loop = Loop(model.to(device), train_data, test_data, config, regularizers, label, device, task)
     if run_dir is not None:
         loop.path = _checkpoint.prepare(Path(run_dir) / CHECKPOINT)
     with flags_restored(model), _seeded(config.seed, device):

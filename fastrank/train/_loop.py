@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import Dataset
 
-from fastrank import _checks
-from fastrank.data import Augment, batches
 from fastrank.regularize.base import Regularizer
-from fastrank.train import _checkpoint, _progress
+from fastrank.train import _checkpoint, _optimizer, _progress
 from fastrank.train._config import TrainConfig
-from fastrank.train._evaluate import checked_logits, evaluate, length
+from fastrank.train._evaluate import length
 from fastrank.train._progress import EpochRow
+from fastrank.train._task import Task
 
 LOOK_EVERY = {"cuda": 20}
 """How many steps pass between two readings of the loss, for which a GPU would have to wait; elsewhere one."""
@@ -39,12 +38,14 @@ class Loop:
         regularizers: Sequence[Regularizer],
         label: str,
         device: torch.device,
+        task: Task,
     ) -> None:
+        self.task = task
         self.model, self.train, self.test, self.config, self.label = model, train, test, config, label
         self.path: Path | None = None
         self.reporter: _progress.Reporter
         images = length(train)
-        self.drop_last = images > config.batch_size and images % config.batch_size == 1
+        self.drop_last = task.refuses_one_image and images > config.batch_size and images % config.batch_size == 1
         self.steps = -(-(images - self.drop_last) // config.batch_size)
         self.look_every = LOOK_EVERY.get(device.type, 1)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,48 +55,41 @@ class Loop:
         self.bad_step = torch.tensor(-1, device=device)
         self.run = _checkpoint.Run(
             model=model,
-            optimizer=_optimizer(model, config),
+            optimizer=_optimizer.make(model, config),
             scaler=GradScaler(device.type, enabled=self.dtype == torch.float16),
             regularizers=regularizers,
             device=device,
-            identity={**config.identity(), "train_data length": images, **_settings(regularizers)},
+            identity={**config.identity(), "task": task.name, "train_data length": images, **_settings(regularizers)},
             totals=torch.zeros(3, dtype=torch.float64, device=device),
         )
         self.run.optimizer.register_step_post_hook(lambda *_: setattr(self, "stepped", True))
+        for regularizer in regularizers:
+            regularizer.bind(self.run.optimizer)
 
     def epoch(self, on_epoch: Callable[[EpochRow], object] | None) -> None:
         """The rest of the current epoch, its evaluation, its row and, where one is due, its checkpoint."""
         config, run = self.config, self.run
         number = len(run.history)
         started = time.monotonic() - run.seconds
-        source = batches(
-            self.train,
-            config.batch_size,
-            seed=config.seed,
-            epoch=number,
-            start=run.step - number * self.steps,
-            shuffle=True,
-            augment=Augment(config.shift, config.flip) if config.shift or config.flip else None,
-            drop_last=self.drop_last,
-            workers=config.workers,
-        )
-        for images, labels in source:
-            self.step(images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True))
+        for regularizer in run.regularizers:
+            regularizer.start_epoch(number)
+        start = run.step - number * self.steps
+        for batch in self.task.batches(self.train, config, run.device, number, start, self.drop_last):
+            self.step(batch)
             run.seconds = time.monotonic() - started
             if config.checkpoint_steps and run.step % config.checkpoint_steps == 0:
                 self.save()
         loss, accuracy = self.look()
         penalty = sum((float(regularizer.value()) for regularizer in run.regularizers), 0.0)
-        tested = None if self.test is None else evaluate(self.model, self.test, workers=config.workers)
+        tested = {} if self.test is None else self.task.test(self.model, self.test, config)
         row = EpochRow(
             epoch=number + 1,
             loss=loss,
             penalty=penalty,
             train_top1=accuracy,
-            test_top1=tested.top1 if tested else None,
-            test_top5=tested.top5 if tested else None,
             lr=config.lr_at(run.step - 1, self.steps),
             seconds=time.monotonic() - started,
+            **tested,
         )
         run.history.append(row)
         run.totals.zero_()
@@ -106,18 +100,15 @@ class Loop:
             self.save()
         self.reporter.epoch(row)
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
+    def step(self, batch: Any) -> None:
         """One optimizer step, which a gradient scaler may skip."""
         run = self.run
         run.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(run.device.type, self.dtype, enabled=self.dtype is not None):
-            logits = self.model(images)
-        logits = checked_logits(logits, labels, self.train)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        autocast = torch.autocast(run.device.type, self.dtype, enabled=self.dtype is not None)
+        loss, right, images = self.task.outcome(self.model, batch, self.train, self.config, autocast)
         finite = torch.isfinite(loss.detach())
-        right = (logits.detach().argmax(1) == labels).sum()
-        seen = torch.full_like(finite, len(labels), dtype=torch.float64)
-        run.totals += torch.where(finite, torch.stack([loss.detach() * len(labels), right, seen]), 0)
+        seen = torch.full_like(finite, images, dtype=torch.float64)
+        run.totals += torch.where(finite, torch.stack([loss.detach() * images, right, seen]), 0)
         if not run.scaler.is_enabled():
             self.note(finite)
         if run.step % self.look_every == 0:
@@ -136,7 +127,7 @@ class Loop:
         """Gradients, penalties, clipping, and the step itself."""
         config, run = self.config, self.run
         for group in run.optimizer.param_groups:
-            group["lr"] = config.lr_at(run.step, self.steps)
+            group["lr"] = config.lr_at(run.step, self.steps) * group["share"]
         torch.autograd.backward(run.scaler.scale(loss))
         run.scaler.unscale_(run.optimizer)
         for regularizer in run.regularizers:
@@ -153,14 +144,15 @@ class Loop:
         """Remember the current step as the first bad one, without waiting for the device."""
         self.bad_step = torch.where((self.bad_step < 0) & ~good, self.run.step, self.bad_step)
 
-    def look(self) -> tuple[float, float]:
-        """Mean loss and accuracy (%) of the epoch so far; RuntimeError where a loss was not finite."""
+    def look(self) -> tuple[float, float | None]:
+        """Mean loss, and accuracy (%) where there is one, of the epoch so far; RuntimeError after a loss not finite."""
         bad = int(self.bad_step)
         if bad >= 0:
             where = f"step {bad % self.steps + 1} of epoch {bad // self.steps + 1}"
             raise self.diverged(f"loss or gradients were not finite at {where}")
         loss, right, seen = self.run.totals.tolist()
-        mean, accuracy = (loss / seen, 100 * right / seen) if seen else (float("inf"), 0.0)
+        mean, share = (loss / seen, 100 * right / seen) if seen else (float("inf"), 0.0)
+        accuracy = share if self.task.counts_right else None
         self.reporter.steps(self.run.step, len(self.run.history) + 1, mean, accuracy)
         return mean, accuracy
 
@@ -181,7 +173,7 @@ class Loop:
 
 
 def _settings(regularizers: Sequence[Regularizer]) -> dict[str, Any]:
-    """The classes of the regularisers and, as far as plain public attributes show them, their settings."""
+    """The classes of the regularisers and, as far as plain public attributes and dataclasses show, their settings."""
     plain = (bool, int, float, str, type(None))
     settings: dict[str, Any] = {"regularizers": [type(regularizer).__name__ for regularizer in regularizers]}
     for position, regularizer in enumerate(regularizers):
@@ -189,18 +181,8 @@ def _settings(regularizers: Sequence[Regularizer]) -> dict[str, Any]:
         for name, value in vars(regularizer).items():
             if name.startswith("_") or name in state:
                 continue
+            value = repr(value) if is_dataclass(value) else value
             items = value if isinstance(value, tuple) else (value,)
             if all(isinstance(item, plain) for item in items):
                 settings[f"regularizers[{position}].{name}"] = value
     return settings
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise _checks.fail("model", "a module with trainable parameters", "none")
-    spared = [] if config.decay_norm_and_bias else [parameter for parameter in trained if parameter.dim() < 2]
-    decayed = [parameter for parameter in trained if config.decay_norm_and_bias or parameter.dim() >= 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)

@@ -51,14 +51,14 @@ PYTHON2_ARRAY = (
 
 
 def test_names_and_wrong_arguments() -> None:
-    assert data.NAMES == ("digits", "cifar10", "cifar100", "imagenet")
+    assert set(data.NAMES) >= {"digits", "mnist", "cifar10", "cifar100", "imagenet"}
     with pytest.raises(ValueError, match=r"name must be one of .* got 'cifar' \(did you mean 'cifar10'\?\)"):
         data.load("cifar")
     with pytest.raises(ValueError, match="split must be one of"):
         data.load("digits", split="val")
     with pytest.raises(TypeError, match=r"options of digits must be among \['size', .* got 'width'"):
         data.load("digits", width=3)
-    for name in ("cifar10", "imagenet"):
+    for name in ("mnist", "cifar10", "imagenet"):
         with pytest.raises(ValueError, match=r"root must be the folder that .*, got None"):
             data.load(name)
 
@@ -155,6 +155,8 @@ def test_cifar_normalisation(tmp_path: Path) -> None:
     assert isinstance(own, data.ImageSet)
     want = (own.pixels / 255 - 0.5) / torch.tensor([0.25, 0.5, 1.0]).view(3, 1, 1)
     torch.testing.assert_close(own.images, want)
+    large = data.load("cifar10", root=tmp_path, size=224)
+    assert (large.shape, large[0][0].shape) == ((3, 224, 224), (3, 224, 224))
     with pytest.raises(ValueError, match="mean must be of length 3"):
         data.load("cifar10", root=tmp_path, mean=(0.5,))
     with pytest.raises(ValueError, match="std must be above 0"):

@@ -38,6 +38,25 @@ REDUCTIONS = [
     ("densenet_40", 8, "[0.]+[0.08]*6+[0.09]*6+[0.08]*26", 26.38, 29.63),
     ("resnet_50", 1, "[0.]+[0.1]*2+[0.4]*5+[0.75]*12", 77.59, 76.97),
 ]
+# Rows of the README's tables whose rates are published too: millions of MACs and parameters as printed there. Some
+# of its digits are rounded and some cut off, so they are compared to within one in the last.
+TABLES = [
+    ("vgg_16_bn", 8, "[0.21]*7+[0.75]*5", 126.49, 2.58),
+    ("vgg_16_bn", 8, "[0.3]*7+[0.75]*5", 101.91, 2.34),
+    ("vgg_16_bn", 2, None, 74.14, 3.60),
+    ("vgg_16_bn", 1, None, 37.68, 1.94),
+    ("vgg_16_bn", 1, "[0.6]*6+[0.8]*7", 4.58, 0.14),
+    ("resnet_56", 7, "[0.]+[0.18]*29", 93.34, 0.58),
+    ("resnet_56", 7, "[0.]+[0.12]*2+[0.4]*27", 73.22, 0.44),
+    ("resnet_56", 2, None, 37.52, 0.21),
+    ("resnet_56", 1, "[0.]+[0.18]*29", 14.47, 0.08),
+    ("resnet_110", 4, "[0.]+[0.4]*2+[0.5]*18+[0.65]*36", 47.34, 0.30),
+    ("densenet_40", 8, "[0.]+[0.08]*6+[0.09]*6+[0.08]*26", 213.58, 0.74),
+    ("densenet_40", 8, "[0.]+[0.2]*12+[0.]+[0.2]*12+[0.]+[0.2]*12", 168.23, 0.58),
+    ("densenet_40", 4, "[0.]+[0.1]*12+[0.]+[0.1]*12+[0.]+[0.1]*12", 123.14, 0.40),
+    ("resnet_50", 1, "[0.]+[0.28]*19", 1490, 10.52),
+    ("resnet_50", 1, "[0.]+[0.1]*2+[0.4]*5+[0.75]*12", 920, 5.88),
+]
 # The README's rank ablation on VGG-16-BN: rank, reductions of MACs and parameters in percent. Its second digits mix
 # rounding and truncation (64.856 is printed 64.85, 88.026 as 88.03), so they are compared to within one.
 RANK_ABLATION = [
@@ -90,6 +109,39 @@ def test_published_reductions(name, rank, rates, macs, params):
 def test_published_rank_ablation(rank, macs, params):
     found = counted("vgg_16_bn", rank=rank).reduction_from(counted("vgg_16_bn"))
     assert found == pytest.approx((macs, params), abs=0.012)
+
+
+@pytest.mark.parametrize(("name", "rank", "rates", "macs", "params"), TABLES)
+def test_published_tables(name, rank, rates, macs, params):
+    found = counted(name, rank=rank, compress_rate=rates)
+    assert found.macs / 1e6 == pytest.approx(macs, abs=10 if name == "resnet_50" else 0.01)
+    assert found.params_without_block_biases / 1e6 == pytest.approx(params, abs=0.01)
+
+
+def test_sizes_of_the_bottleneck_resnet():
+    """TRP's "ResNet-56": a stem, then three stages of nine 1×1, 3×3, 1×1 blocks of expansion 4."""
+    weights = macs = 3 * 16 * 9
+    macs *= 1024
+    norms, norm_maps, relu_maps, before, pixels = 16, 16 * 1024, 16 * 1024, 16, 1024
+    for stage, mid in enumerate((16, 32, 64)):
+        for block in range(9):
+            wide, entering = 4 * mid, pixels  # the 3×3 convolution of the first block halves the map from stage 2 on
+            pixels = pixels // 4 if stage and not block else pixels
+            layers = [(before * mid, mid, entering), (9 * mid * mid, mid, pixels), (mid * wide, wide, pixels)]
+            relu_maps += sum(channels * area for _, channels, area in layers)
+            if not block:
+                layers.append((before * wide, wide, pixels))
+            for weight, channels, area in layers:
+                weights, macs = weights + weight, macs + weight * area
+                norms, norm_maps = norms + channels, norm_maps + channels * area
+            before = wide
+    assert weights + 2 * norms + 256 * 10 + 10 == counted("resnet_56_bottleneck").params == 869_530
+    assert macs + 2560 == counted("resnet_56_bottleneck", "conv_fc").macs == 127_322_624
+    # Besides: 2 a normalised value, 1 a rectified one, the map that the last pooling reads, the classifier's biases.
+    everything = macs + 2560 + 2 * norm_maps + relu_maps + 256 * 64 + 10
+    assert everything == counted("resnet_56_bottleneck").macs == 132_373_002
+    with pytest.raises(ValueError, match="compress_rate must be None for resnet_56_bottleneck"):
+        build("resnet_56_bottleneck", compress_rate=[0.1] * 30)
 
 
 def test_sizes_of_the_other_networks():
@@ -200,7 +252,7 @@ def test_pretrained_weights_of_something_else_are_refused(tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match="pretrained must be a readable safetensors file"):
         build("lenet5_nrmf", pretrained=path)
-    with pytest.raises(ValueError, match="pretrained must be the path of an existing safetensors file"):
+    with pytest.raises(ValueError, match="pretrained must be the path of an existing safetensors file or torch file"):
         build("lenet5_nrmf", pretrained=tmp_path / "none")
     with pytest.raises(TypeError, match="pretrained must be None or the path of a safetensors file"):
         build("torchvision:resnet18", pretrained=True)

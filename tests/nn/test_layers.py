@@ -14,12 +14,22 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from fastrank.decompose.tucker import max_ranks
-from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
+from fastrank.nn import (
+    FusedCPConv,
+    FusedTucker2Conv,
+    GatedCPConv,
+    GatedSVDConv,
+    GatedTucker2Conv,
+    LayerCPConv,
+    SVDConv,
+    layer_cp,
+)
 from fastrank.nn.svd import max_rank
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 
-KINDS = ("tucker2", "cp", "channel", "spatial", "decoupled")
+GATED = {"gated-tucker2": GatedTucker2Conv, "gated-svd": GatedSVDConv, "gated-cp": GatedCPConv}
+KINDS = ("tucker2", "cp", "channel", "spatial", "decoupled", "cp-layer", *GATED)
 GEOMETRIES = [
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": (3, 5), "stride": (2, 1), "padding": (1, 2)},
@@ -50,6 +60,11 @@ def factored(kind, conv, rank=None):
         return FusedTucker2Conv.from_conv(conv, max_ranks(shape) if rank is None else rank)
     if kind == "cp":
         return FusedCPConv.from_conv(conv, shape[2] * shape[3] if rank is None else rank)
+    if kind in ("cp-layer", "gated-cp"):
+        layer = GatedCPConv if kind == "gated-cp" else LayerCPConv
+        return layer.from_conv(conv, layer_cp.max_rank(shape) if rank is None else rank)
+    if kind in GATED:
+        return GATED[kind].from_conv(conv, rank)
     return SVDConv.from_conv(conv, max_rank(kind, shape) if rank is None else rank, kind)
 
 
@@ -79,7 +94,9 @@ def test_forms_agree_at_rank_one_too(geometry, kind):
         assert max_relative(form(x), layer(x)) <= 1e-12
     stages, out = layer.conv_stages((10, 12)), layer(x).shape[2:]
     assert stages[-1].out_size == tuple(out)
-    assert sum(s.weights for s in stages) == sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
+    assert sum(s.weights for s in stages) == sum(
+        p.numel() for n, p in layer.named_parameters() if n[:4] not in ("bias", "gate")
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,6 +230,10 @@ def test_initial_outputs_have_the_variance_of_conv2d(kind):
     layer = {
         "tucker2": lambda: FusedTucker2Conv(*shape, (20, 40), **geometry),
         "cp": lambda: FusedCPConv(*shape, 4, **geometry),
+        "cp-layer": lambda: LayerCPConv(*shape, 200, **geometry),
+        "gated-tucker2": lambda: GatedTucker2Conv(*shape, (20, 40), **geometry),
+        "gated-svd": lambda: GatedSVDConv(*shape, 9, **geometry),
+        "gated-cp": lambda: GatedCPConv(*shape, 200, **geometry),
     }.get(kind, lambda: SVDConv(*shape, 9, scheme=kind, **geometry))()
     x = torch.randn(8, 64, 10, 10)
     with torch.no_grad():
@@ -288,13 +309,9 @@ REFUSED = [
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.parametrize(("make", "error", "reason"), REFUSED)
 def test_what_cannot_be_factored_is_refused_with_the_reason(make, error, reason):
-    for from_conv in (
-        lambda c: FusedTucker2Conv.from_conv(c, 1),
-        lambda c: FusedCPConv.from_conv(c, 1),
-        lambda c: SVDConv.from_conv(c, 1),
-    ):
+    for layer in (FusedTucker2Conv, FusedCPConv, SVDConv, LayerCPConv, *GATED.values()):
         with pytest.raises(error, match=f"^conv must be a plain nn.Conv2d with groups=1: {reason}"):
-            from_conv(make())
+            layer.from_conv(make(), 1)
 
 
 CONV = nn.Conv2d(3, 4, 3)

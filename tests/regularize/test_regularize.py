@@ -10,11 +10,12 @@ import torch
 from helpers import EPS, randn
 from torch import nn
 
-from fastrank.decompose import fold, unfold
+from fastrank.decompose import unfold
+from fastrank.decompose.unfold import fold_all, unfold_all
 from fastrank.methods import nrmf, trp
 from fastrank.regularize import GramTrace, LowRankProjection, NuclearNorm
 
-MODES = ("mode3", "mode4", "channel", "spatial")
+MODES = ("mode3", "mode4", "channel", "spatial", "decoupled")
 
 
 def network(dtype=torch.float64):
@@ -28,6 +29,11 @@ def kernels(model):
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)}
 
 
+def spectra(weight, matricization):
+    """σ² of the matrices of a kernel, one row a matrix."""
+    return torch.stack([torch.linalg.svdvals(matrix).square() for matrix in unfold_all(weight.detach(), matricization)])
+
+
 def set_gradients(model):
     for n, p in enumerate(model.parameters()):
         p.grad = randn(*p.shape, seed=n, dtype=p.dtype)
@@ -37,9 +43,12 @@ def set_gradients(model):
 @pytest.mark.parametrize("modes", [("mode3", "mode4"), *[(mode,) for mode in MODES], MODES])
 def test_nuclear_norm_is_the_derivative_of_its_value(modes):
     model = network()
-    regularizer = NuclearNorm(model, 0.3, matricizations=modes)
+    regularizer = NuclearNorm(model, 0.3, matricization=modes)
     nuclear = sum(
-        torch.linalg.matrix_norm(unfold(w.detach(), m), "nuc") for w in kernels(model).values() for m in modes
+        torch.linalg.matrix_norm(matrix, "nuc")
+        for w in kernels(model).values()
+        for m in modes
+        for matrix in unfold_all(w.detach(), m)
     )
     assert float(regularizer.value()) == pytest.approx(0.3 * float(nuclear), rel=1e-12)
     regularizer.add_gradients()
@@ -55,19 +64,23 @@ def test_nuclear_norm_is_the_derivative_of_its_value(modes):
         assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("modes", [("mode3", "mode4"), "decoupled"])
 @pytest.mark.parametrize("energy", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_nuclear_gradients_are_the_folded_products_of_leading_singular_vectors(dtype, energy):
+def test_nuclear_gradients_are_the_folded_products_of_leading_singular_vectors(dtype, energy, modes):
     model = network(dtype)
     before = dict(zip(model.parameters(), set_gradients(model), strict=True))
-    NuclearNorm(model, 0.5, energy=energy).add_gradients()
+    NuclearNorm(model, 0.5, energy=energy, matricization=modes).add_gradients()
     for weight in kernels(model).values():
         wanted = before[weight].clone()
-        for mode in ("mode3", "mode4"):
-            u, s, vh = torch.linalg.svd(unfold(weight.detach(), mode), full_matrices=False)
-            share = s.square().cumsum(0) / s.square().sum()
-            k = len(s) if energy is None else int((share < energy).sum()) + 1
-            wanted += 0.5 * fold(u[:, :k] @ vh[:k], mode, tuple(weight.shape))
+        for mode in (modes,) if isinstance(modes, str) else modes:
+            products = []
+            for matrix in unfold_all(weight.detach(), mode):
+                u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+                share = s.square().cumsum(0) / s.square().sum()
+                k = len(s) if energy is None else int((share < energy).sum()) + 1
+                products.append(u[:, :k] @ vh[:k])
+            wanted += 0.5 * fold_all(products, mode, tuple(weight.shape))
         torch.testing.assert_close(weight.grad, wanted, rtol=100 * EPS[dtype], atol=100 * EPS[dtype])
     others = [p for p in model.parameters() if all(p is not w for w in kernels(model).values())]
     assert others
@@ -117,6 +130,23 @@ def test_frozen_pointwise_grouped_and_factored_layers_are_left_out():
     assert list(GramTrace(nn.Sequential(shared, shared), 1.0).kernels) == ["0"]
 
 
+@pytest.mark.parametrize(
+    "make", [lambda m: NuclearNorm(m, 1.0), lambda m: GramTrace(m, 1.0), lambda m: LowRankProjection(m, energy=0.5)]
+)
+def test_what_is_frozen_later_is_left_alone_from_then_on(make):
+    model = network()
+    regularizer = make(model)
+    model[2].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    regularizer.add_gradients()
+    if isinstance(regularizer, LowRankProjection):
+        regularizer.project()
+        assert list(regularizer.ranks) == ["4"]
+    assert model[2].weight.grad is None
+    assert torch.equal(model[2].weight, before["2.weight"])
+    assert model[4].weight.grad is not None or not torch.equal(model[4].weight, before["4.weight"])
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_projection_keeps_its_cadence_and_skips_what_the_scaler_skipped(every):
     model = network()
@@ -135,7 +165,7 @@ def test_projection_keeps_its_cadence_and_skips_what_the_scaler_skipped(every):
     assert regularizer.steps == 6
 
 
-@pytest.mark.parametrize("matricization", ["channel", "spatial"])
+@pytest.mark.parametrize("matricization", ["channel", "spatial", "decoupled"])
 def test_projection_truncates_in_place_to_the_energy_and_leaves_the_optimizer_alone(matricization):
     model = network()
     addresses = [w.data_ptr() for w in kernels(model).values()]
@@ -143,17 +173,18 @@ def test_projection_truncates_in_place_to_the_energy_and_leaves_the_optimizer_al
     set_gradients(model)
     optimizer.step()
     momentum = [copy.deepcopy(optimizer.state[w]["momentum_buffer"]) for w in kernels(model).values()]
-    spectra = {n: torch.linalg.svdvals(unfold(w.detach(), matricization)).square() for n, w in kernels(model).items()}
+    before = {name: spectra(weight, matricization) for name, weight in kernels(model).items()}
     regularizer = LowRankProjection(model, energy=0.8, matricization=matricization)
     first = model[0].weight.detach().clone()
     regularizer.project()
     assert torch.equal(model[0].weight, first)
     assert list(regularizer.ranks) == ["2", "4"]
     for name, rank in regularizer.ranks.items():
-        squares = spectra[name]
-        assert rank == int((squares.cumsum(0) < 0.8 * squares.sum()).sum()) + 1 < len(squares)
-        after = torch.linalg.svdvals(unfold(kernels(model)[name].detach(), matricization)).square()
-        torch.testing.assert_close(after, torch.where(torch.arange(len(squares)) < rank, squares, 0.0))
+        ranks = [int((squares.cumsum(0) < 0.8 * squares.sum()).sum()) + 1 for squares in before[name]]
+        assert rank == max(ranks) < before[name].shape[1]
+        after = spectra(kernels(model)[name], matricization)
+        kept = torch.arange(after.shape[1]) < torch.tensor(ranks)[:, None]
+        torch.testing.assert_close(after, torch.where(kept, before[name], 0.0))
     assert [w.data_ptr() for w in kernels(model).values()] == addresses
     assert all(
         torch.equal(optimizer.state[w]["momentum_buffer"], m)
@@ -163,13 +194,26 @@ def test_projection_truncates_in_place_to_the_energy_and_leaves_the_optimizer_al
     assert float(regularizer.value()) == 0
 
 
-def test_projection_at_energy_one_does_not_touch_a_bit():
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled"])
+def test_trp_takes_each_of_its_schemes(scheme):
+    penalty, projection = trp.regularizers(network(), scheme=scheme, every=5, energy=0.9, nuclear=3e-4)
+    assert (penalty.matricization, penalty.energy, penalty.weight) == ((scheme,), 0.9, 3e-4)
+    assert (projection.matricization, projection.energy, projection.every) == (scheme, 0.9, 5)
+    (projection,) = trp.regularizers(network())
+    assert (projection.matricization, projection.energy, projection.every) == ("channel", 0.98, 20)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ranks"),
+    [("channel", {"2": 8, "4": 7}), ("spatial", {"2": 16, "4": 15}), ("decoupled", {"2": 6, "4": 5})],
+)
+def test_projection_at_energy_one_does_not_touch_a_bit(scheme, ranks):
     model = network(torch.float32)
     before = copy.deepcopy(model.state_dict())
-    regularizer = LowRankProjection(model, every=1, energy=1.0)
+    regularizer = LowRankProjection(model, every=1, energy=1.0, matricization=scheme)
     regularizer.after_step()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert regularizer.ranks == {"2": 8, "4": 7}
+    assert regularizer.ranks == ranks
 
 
 def test_projection_counter_survives_a_resume():
@@ -187,30 +231,6 @@ def test_projection_counter_survives_a_resume():
     assert GramTrace(model, 1.0).state_dict() == {}
     with pytest.raises(ValueError, match="state must be empty for GramTrace, got keys"):
         GramTrace(model, 1.0).load_state_dict({"steps": 1})
-
-
-def test_attach_acts_around_every_step_until_its_handles_are_removed():
-    model = network()
-    twin = copy.deepcopy(model)
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, twin)]
-    attached, by_hand = (trp.regularizers(m, every=2, energy=0.6, nuclear=0.01) for m in (model, twin))
-    assert [type(r) for r in attached] == [NuclearNorm, LowRankProjection]
-    handles = [handle for r in attached for handle in r.attach(optimizers[0])]
-    for _ in range(4):
-        for m in (model, twin):
-            m.zero_grad()
-            m(torch.ones(1, 3, 9, 9, dtype=torch.float64)).square().sum().backward()
-        for r in by_hand:
-            r.add_gradients()
-        for optimizer in optimizers:
-            optimizer.step()
-        for r in by_hand:
-            r.after_step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    for handle in handles:
-        handle.remove()
-    optimizers[0].step()
-    assert attached[1].steps == 4
 
 
 def test_autocast_around_a_regulariser_does_not_lower_its_precision():
@@ -253,8 +273,8 @@ def test_a_kernel_that_is_not_finite_is_named(act, value):
         (lambda m: NuclearNorm(m, math.nan), ValueError, r"weight must be a finite number at least 0, got nan"),
         (lambda m: NuclearNorm(m, "1"), TypeError, r"weight must be a number, got str"),
         (lambda m: NuclearNorm(m, 1.0, energy=0.0), ValueError, r"energy must be a finite number in \(0, 1\]"),
-        (lambda m: NuclearNorm(m, 1.0, matricizations="mode5"), ValueError, r"matricizations must be one of .*mode3"),
-        (lambda m: NuclearNorm(m, 1.0, matricizations=()), ValueError, r"matricizations must be at least one of"),
+        (lambda m: NuclearNorm(m, 1.0, matricization="mode5"), ValueError, r"matricization must be one of .*mode3"),
+        (lambda m: NuclearNorm(m, 1.0, matricization=()), ValueError, r"matricization must be at least one of"),
         (
             lambda m: NuclearNorm(nn.Linear(2, 2), 1.0),
             ValueError,

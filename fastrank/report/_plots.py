@@ -1,12 +1,10 @@
-"""What people look at: tables for the terminal, plots as PNG."""
+"""Plots as PNG."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,54 +14,11 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None, left: int = 1
-) -> Table:
-    """A terminal table; the first `left` columns are text, the others numbers, aligned right."""
-    result = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        box=_box(),
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold")
-    for row in rows:
-        result.add_row(*("" if cell is None else str(cell) for cell in row))
-    return result
-
-
-def thousands(value: int) -> str:
-    """12345678 -> "12,345,678"."""
-    return f"{value:,}"
-
-
-def short(value: float) -> str:
-    """A count in three digits with its unit: 1234567 -> "1.23M"."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def by(sizes: Sequence[int]) -> str:
-    """(3, 224, 224) -> "3×224×224"."""
-    return "×".join(map(str, sizes))
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """(144, 141) -> "144×141"; no ranks -> "dense"."""
-    return by(ranks) if ranks else "dense"
-
-
 def plot_spectra(
     path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Sequence[float]]], *, title: str
 ) -> None:
     """Singular values, each panel's curves by label, relative to the largest of each curve; written as PNG."""
-    figure, axes = _figure(1, len(panels), width=5.2 * len(panels), height=3.8)
+    figure, axes = figure_of(1, len(panels), width=5.2 * len(panels), height=3.8)
     for ax, (name, curves) in zip(axes[0], panels.items(), strict=True):
         for colour, (label, values) in zip(COLOURS, curves.items(), strict=False):
             share = [value / (values[0] or 1.0) for value in values]  # a dead layer has no scale
@@ -72,10 +27,10 @@ def plot_spectra(
         ax.set_xlabel("index i")
         ax.set_ylim(0, 1.03)
         ax.set_xlim(0, None)
-        _tidy(ax)
+        tidy(ax)
     axes[0][0].set_ylabel("singular value σᵢ / σ₁")
     axes[0][-1].legend(frameon=False, loc="upper right")
-    _write(figure, path, title)
+    write(figure, path, title)
 
 
 def plot_ranks(
@@ -89,7 +44,7 @@ def plot_ranks(
     """Grouped bars of chosen ranks: a panel a factor, a group a rule, a bar a model; dashed at the full rank."""
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = _figure(lines, columns, width=max(3.4 * columns, 6.4), height=2.7 * lines + 0.7)
+    figure, axes = figure_of(lines, columns, width=max(3.4 * columns, 6.4), height=2.7 * lines + 0.7)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for ax, (name, series) in zip(axes.flat, panels.items(), strict=False):
@@ -103,19 +58,14 @@ def plot_ranks(
         ax.set_xticks(range(len(groups)), groups)
         ax.set_title(name, loc="left", fontsize=10)
         ax.set_ylabel("rank")
-        _tidy(ax)
+        tidy(ax)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
-    _write(figure, path, title)
+    write(figure, path, title)
 
 
-def _box() -> Any:
-    from rich import box
-
-    return box.SIMPLE_HEAD
-
-
-def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
+def figure_of(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of inches `width` × `height`, which no screen is needed for, and its (rows, columns) of axes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -126,13 +76,15 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Fi
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
+    """No frame at the top and on the right, and a faint grid behind."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     ax.set_axisbelow(True)
 
 
-def _write(figure: Figure, path: str | os.PathLike[str], title: str) -> None:
+def write(figure: Figure, path: str | os.PathLike[str], title: str) -> None:
+    """Put the title on top and write the figure as PNG."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.savefig(path, format="png")

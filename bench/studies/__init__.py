@@ -1,0 +1,1 @@
+"""The accuracy studies that `bench/accuracy.py` runs, one file a study."""

@@ -1,0 +1,172 @@
+"""inspect, plan, train, compress: from a network to a smaller one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fastrank
+from fastrank import complexity as _complexity
+from fastrank import io as _io
+from fastrank import ranks, recipe, report
+from fastrank.cli._common import Input, Json, Model, Root, app, blank, network_of, out, print_json, size_of
+from fastrank.convert import input_sizes, sites
+from fastrank.decompose import unfold
+from fastrank.plan import Plan
+
+
+@app.command(epilog="Example: fastrank inspect torchvision:resnet18")
+def inspect(model: Model, input_size: Input = None, energy: float = 0.95, as_json: Json = False) -> None:
+    """Show every convolution of a model with its energy ranks and costs, or a plan file as a table."""
+    if model.endswith(".json"):
+        _show_plan(Plan.load(model), as_json)
+        return
+    network = network_of(model)
+    size = size_of(input_size, network)
+    found, seen = _complexity.count(network, size), input_sizes(network, blank(network, size))
+    rows: list[dict[str, Any]] = []
+    for site in sites(network):
+        kernel = site.conv.weight.detach()
+        spectra = [] if site.reason else [ranks.singular_values(unfold(kernel, mode)) for mode in ("mode3", "mode4")]
+        cost = found.per_layer.get(site.name)
+        rows.append(
+            {
+                "name": site.name,
+                "shape": list(kernel.shape),
+                "stride": list(site.conv.stride),
+                "input": list(seen.get(site.name, ())),
+                "params": kernel.numel(),
+                "macs": cost.macs if cost else 0,
+                "ranks": [ranks.energy_rank(spectrum, energy) for spectrum in spectra],
+                "refused": site.reason,
+            }
+        )
+    if as_json:
+        print_json({"model": model, "input": list(size), "macs": found.macs, "params": found.params, "layers": rows})
+        return
+    cells = [
+        [
+            row["name"],
+            report.by(row["shape"]),
+            report.by(row["input"]),
+            report.thousands(row["params"]),
+            report.thousands(row["macs"]),
+            row["refused"] or report.ranks_text(row["ranks"]),
+        ]
+        for row in rows
+    ]
+    untrained = "" if model.endswith(".safetensors") else " (untrained weights)"
+    title = f"{model}{untrained} at {report.by(size)}: {found.params:,} parameters, {found.macs:,} multiply-adds"
+    columns = ["layer", "O×I×kh×kw", "map", "weights", "MACs", f"ranks at {energy:g} energy"]
+    out.print(report.table(columns, cells, title=title))
+
+
+@app.command(epilog="Example: fastrank plan torchvision:resnet18 --method nrmf --budget macs=0.5 --out plan.json")
+def plan(
+    model: Model,
+    method: Annotated[str, typer.Option(help="nrmf, vbmf, trp-channel, trp-spatial, norton or auto.")] = "nrmf",
+    energy: Annotated[float | None, typer.Option(help="Share of squared singular values to keep.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of norton.")] = None,
+    budget: Annotated[str | None, typer.Option(help="macs=SHARE or params=SHARE of the dense model.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layer name or pattern to leave dense; repeatable.")] = None,
+    input_size: Input = None,
+    save_to: Annotated[Path | None, typer.Option("--out", help="Where to write the plan.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose a form and ranks for every convolution, with a reason each."""
+    network = network_of(model)
+    options = {key: value for key, value in (("energy", energy), ("rank", rank)) if value is not None}
+    example = blank(network, size_of(input_size, network))
+    made = fastrank.make_plan(
+        network, method, example_input=example, budget=_budget(budget), skip=skip or [], **options
+    )
+    if save_to is not None:
+        made.save(save_to)
+    _show_plan(made, as_json)
+
+
+@app.command(epilog="Example: fastrank train recipes/nrmf_lenet5_digits.yaml --out runs/nrmf")
+def train(
+    recipe_file: Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")],
+    save_to: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, plan, model and summary.")] = Path(
+        "runs/train"
+    ),
+    root: Root = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Weights to start from, for recipes that want them.", metavar="FILE")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One epoch of everything.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming what is in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, regularise, compress and fine-tune as a recipe says; a killed run goes on where it was."""
+    chosen = recipe.load(recipe_file)
+    summary = recipe.run(
+        chosen.quick() if quick else chosen,
+        save_to,
+        root=root,
+        pretrained=pretrained,
+        resume=not fresh,
+        progress=None,
+    )
+    if as_json:
+        print_json(summary)
+        return
+    out.print(report.stage_table(report.stages_of(summary), title=str(recipe_file)))
+    if line := report.published(summary):
+        out.print(line)
+    out.print(f"Written to {save_to}: summary.json, model.safetensors" + (", plan.json" if chosen.compress else ""))
+
+
+@app.command(epilog="Example: fastrank compress model.safetensors --plan plan.json --out small.safetensors")
+def compress(
+    model: Model,
+    plan_file: Annotated[Path, typer.Option("--plan", help="A plan made by `fastrank plan`.")],
+    save_to: Annotated[Path, typer.Option("--out", help="Where to write the compressed model.")],
+    input_size: Input = None,
+    guard: Annotated[bool, typer.Option(help="Keep layers dense that would grow.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Apply a plan to a model and save the result with its architecture."""
+    if save_to.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {str(save_to)!r}")
+    network, chosen = network_of(model), Plan.load(plan_file)
+    size = size_of(input_size, network)
+    before = _complexity.count(network, size)
+    small = fastrank.compress(network, chosen, guard=guard)
+    after = _complexity.count(small, size)
+    _io.save(small, save_to)
+    totals = {
+        "out": str(save_to),
+        "macs": {"dense": before.macs, "compressed": after.macs},
+        "params": {"dense": before.params, "compressed": after.params},
+    }
+    if as_json:
+        print_json(totals)
+        return
+    cells = [
+        [kind, report.thousands(a), report.thousands(b), f"{a / b:.2f}×"]
+        for kind, a, b in (("parameters", before.params, after.params), ("multiply-adds", before.macs, after.macs))
+    ]
+    out.print(report.table(["", "dense", "compressed", "fewer"], cells, title=f"{model} -> {save_to}"))
+
+
+def _budget(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    kind, _, share = text.partition("=")
+    try:
+        return {kind: float(share)}
+    except ValueError as error:
+        raise ValueError(f"--budget must be macs=SHARE or params=SHARE, got {text!r}") from error
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        out.print_json(plan.to_json())
+        return
+    cells = [[name, layer.method, report.ranks_text(layer.ranks), layer.reason] for name, layer in plan.layers.items()]
+    title = f"{plan.method} plan: {len(plan.compressed)} of {len(plan.layers)} convolutions factored"
+    out.print(report.table(["layer", "becomes", "ranks", "because"], cells, title=title, left=4))

@@ -1,0 +1,120 @@
+"""What the gated layers share: factors as unit directions times gates, and what becomes of them when gates close.
+
+Source: the Funnel paper, eq. 4 and 5. A gate is the norm of one output slice of a factor (along dim 0). The gates are
+parameters of their own: they survive copies, state dicts and compilation like any other.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrank import _checks, ops
+from fastrank._stages import ConvStage
+from fastrank.nn._conv import FactoredConv2d, Pair
+
+Index = Tensor | slice
+Folded = TypeVar("Folded", bound=FactoredConv2d)
+
+
+class GatedConv2d(FactoredConv2d):
+    """A factored convolution in which slice j of a factor is gate[j] · direction[j] / |direction[j]|.
+
+    GATES: factor -> its gate, by parameter names. PENALIZED: the gates that a regulariser closes and that `pruned`
+    drops, one a rank; the others are plain parameters.
+    """
+
+    GATES: ClassVar[Mapping[str, str]]
+    PENALIZED: ClassVar[tuple[str, ...]]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the factors anew, as the plain layer of the same form does, and the bias."""
+        plain = self._form(self._gate_counts()).to_empty(device=next(self.parameters()).device)
+        plain.reset_parameters()
+        for name, gate in self.GATES.items():
+            direction, size = split(getattr(plain, name))
+            getattr(self, name).copy_(direction)
+            getattr(self, gate).copy_(size)
+        self._init_bias()
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors with their gates multiplied in, differentiable in both."""
+        return {name: ops.gated_factor(getattr(self, name), getattr(self, gate)) for name, gate in self.GATES.items()}
+
+    def penalized(self) -> list[nn.Parameter]:
+        """The gates that a regulariser should close, one tensor (R,) a rank of the layer."""
+        return [getattr(self, name) for name in self.PENALIZED]
+
+    def pruned(self, threshold: float) -> FactoredConv2d:
+        """The plain factored layer without the slices whose penalised gate |g| is below `threshold`, gates folded in.
+
+        Of a gate vector that lies below it as a whole, the largest gate stays. Raises ValueError for a negative
+        threshold and for gates that are not finite.
+        """
+        threshold = _checks.number("threshold", threshold, 0.0)
+        return self._assemble([_kept(name, getattr(self, name), threshold) for name in self.PENALIZED])
+
+    def fold(self) -> FactoredConv2d:
+        """The plain factored layer of the same ranks, gates folded in: the same function to rounding."""
+        return self._assemble([slice(None)] * len(self.PENALIZED))
+
+    def to_dense(self) -> nn.Conv2d:
+        """One `nn.Conv2d` with the merged kernel, all gates in: the same function to rounding."""
+        return self.fold().to_dense()
+
+    def to_sequential(self) -> nn.Sequential:
+        """Plain convolutions with the gates folded in, for export and comparison."""
+        return self.fold().to_sequential()
+
+    def conv_stages(self, in_size: Pair) -> list[ConvStage]:
+        """The convolutions of the folded layer on an (H, W) map, for counting; gates count nothing."""
+        return self._form(self._gate_counts()).conv_stages(in_size)
+
+    def _gate_counts(self) -> list[int]:
+        return [gate.numel() for gate in self.penalized()]
+
+    @abstractmethod
+    def _form(self, ranks: Sequence[int]) -> FactoredConv2d:
+        """The plain factored layer of this geometry and of these ranks (one a penalised gate), without values."""
+
+    @abstractmethod
+    def _cut(self, factors: Mapping[str, Tensor], kept: Sequence[Index]) -> dict[str, Tensor]:
+        """The factors without the slices that `kept` (one index a penalised gate) leaves out."""
+
+    @torch.no_grad()
+    def _assemble(self, kept: Sequence[Index]) -> FactoredConv2d:
+        factors = self._cut(self.factors(), kept)
+        layer = self._form([len(gate[index]) for gate, index in zip(self.penalized(), kept, strict=True)])
+        needs = any(p.requires_grad for name, p in self.named_parameters() if name != "bias")
+        for name, factor in factors.items():
+            setattr(layer, name, nn.Parameter(factor.contiguous(), requires_grad=needs))
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return layer.train(self.training)
+
+    def _plain_form(self, kind: type[Folded], **ranks: Any) -> Folded:
+        dtype = next(self.parameters()).dtype
+        return kind(**FactoredConv2d.config(self), **ranks, device="meta", dtype=dtype)
+
+
+def split(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor (J, ...) as unit directions (J, ...) and gates (J,), both float64; `gated_factor` is the way back.
+
+    A slice of zeros gets the gate 0 and a constant direction, so that the gate can still open.
+    """
+    rows = factor.detach().double().flatten(1)
+    gate = rows.norm(dim=1)
+    units = torch.where(gate[:, None] > 0, rows / gate[:, None], rows.shape[1] ** -0.5)
+    return units.reshape(factor.shape), gate
+
+
+def _kept(name: str, gate: Tensor, threshold: float) -> Tensor:
+    """Indices (R',) of the gates with |g| >= threshold, of the largest where there is none."""
+    sizes = _checks.finite(name, gate.detach()).double().abs()
+    found = (sizes >= threshold).nonzero().flatten()
+    return found if len(found) else sizes.argmax()[None]
