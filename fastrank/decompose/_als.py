@@ -28,7 +28,7 @@ SAFE_RIDGE = 1 / LARGEST_TERM**2
 RAISE, LOWER = 4.0, 64.0
 MOMENTUM = 0.9
 # Sweeps between two looks at which problems still improve; each look waits for the device.
-LOOK_EVERY = 8
+LOOK_EVERY = 5
 # LAPACK inverts matrices smaller than this faster than it solves with their Cholesky factors.
 SMALL = 8
 VANISHED = 1e-200

@@ -29,7 +29,7 @@ def max_rank(shape: tuple[int, ...]) -> int:
     return shape[2] * shape[3]
 
 
-def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200, tol: float = 3e-4) -> CPFilters:
+def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200, tol: float = 5e-4) -> CPFilters:
     """CP of rank R of each filter of a kernel (O, I, kh, kw), the three factors of a term balanced in norm.
 
     Below rank kh·kw: ALS in float64 from the filters' principal directions, all filters in one batch, with a ridge and
@@ -44,9 +44,8 @@ def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200,
     _checks.integer("seed", seed, 0)
     _checks.integer("max_iter", max_iter, 1)
     _checks.number("tol", tol, 0.0)
-    _checks.finite("weight", weight.detach())
     with torch.no_grad(), reference.linalg.full_precision(weight.device):
-        filters, unit = _scaled(weight.double())
+        filters, unit = _scaled(weight)
         if rank == max_rank(tuple(weight.shape)):
             a, b, c = _one_term_a_pixel(filters)
         elif rank >= weight.shape[1] * min(weight.shape[2:]):
@@ -60,14 +59,16 @@ def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200,
         return CPFilters(*(x.transpose(0, 1).to(weight.dtype).contiguous() for x in (a, b * share, c * share)))
 
 
-def _scaled(filters: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, I, kh, kw) with entries of at most 2 a filter, and the powers of two, (O, 1, 1), that they were divided by.
+def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, I, kh, kw) in float64 with entries of at most 2 a filter; the powers of two, (O, 1, 1), to multiply them by.
 
     That rounds nothing and keeps the squares of any scale finite.
     """
-    peak = filters.flatten(1).abs().amax(1)[:, None, None, None]
+    peak = weight.flatten(1).abs().amax(1)[:, None, None].double()
+    if not bool(torch.isfinite(peak).all()):
+        _checks.finite("weight", weight)
     unit = torch.where(peak > 0, peak / torch.frexp(peak).mantissa / 2, torch.ones_like(peak))
-    return filters / unit, unit[..., 0]
+    return weight.double() / unit[..., None], unit
 
 
 def _fit(filters: Tensor, rank: int, seed: int, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,8 +13,18 @@ def working(matrix: Tensor) -> Tensor:
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of an (m, n) matrix: U (m, r), S (r,) descending, Vh (r, n), r = min(m, n); halves in float32."""
-    u, s, vh = torch.linalg.svd(working(matrix.detach()), full_matrices=False)
-    return u, s, vh
+    work = working(matrix.detach())
+    try:
+        u, s, vh = torch.linalg.svd(work, full_matrices=False)
+        return u, s, vh
+    except torch.linalg.LinAlgError:
+        # LAPACK's divide and conquer gives up on some matrices with many singular values near 0, such as projections
+        # leave behind. Rounded otherwise, they get through: in float64, and in float64 as the transpose.
+        if work.dtype == torch.float64:
+            v, s, uh = torch.linalg.svd(work.mT, full_matrices=False)
+            return uh.mT, s, v.mT
+        u, s, vh = svd(work.double())
+        return u.to(work.dtype), s.to(work.dtype), vh.to(work.dtype)
 
 
 def energy_rank(singular_values: Tensor, energy: float) -> Tensor:
@@ -38,7 +48,11 @@ def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
     """Σ σ_i as a 0-d tensor."""
-    found: Tensor = torch.linalg.svdvals(working(matrix.detach()))
+    work = working(matrix.detach())
+    try:
+        found: Tensor = torch.linalg.svdvals(work)
+    except torch.linalg.LinAlgError:
+        found = svd(work)[1]
     return found.sum()
 
 

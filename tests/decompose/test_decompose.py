@@ -218,96 +218,6 @@ def test_svd_schemes_place_the_singular_values_as_documented():
     )
 
 
-def cp_error(weight, rank, **options):
-    return l2_relative(decompose.cp_filters(weight, rank, **options).weight(), weight)
-
-
-@pytest.mark.parametrize("shape", KERNELS)
-def test_cp_is_exact_at_one_term_a_pixel(shape):
-    for dtype in EPS:
-        weight = kernel(shape, dtype)
-        found = decompose.cp_filters(weight, shape[2] * shape[3])
-        assert {f.dtype for f in found} == {dtype}
-        assert tuple(tuple(f.shape[2:]) for f in found) == tuple((n,) for n in shape[1:])
-        bound = {F64: 1e-12, torch.float32: 1e-5}.get(dtype, 4 * EPS[dtype])
-        assert l2_relative(decompose.CPFilters(*(f.double() for f in found)).weight(), weight) <= bound
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
-@pytest.mark.parametrize(("rank", "bound"), [(1, 1e-6), (2, 0.1)])
-def test_cp_recovers_planted_ranks(rank, bound, scale):
-    """The default sweeps may stop in a swamp at rank 2; with patience both ranks are found to rounding."""
-    a, b, c = (randn(rank, 20, n, seed=n, dtype=F64) for n in (6, 3, 4))
-    weight = torch.einsum("roi,roy,rox->oiyx", a, b, c) * scale
-    assert cp_error(weight, rank) <= bound
-    assert cp_error(weight, rank, max_iter=3000, tol=0.0) <= 1e-6
-    assert cp_error(weight.float(), rank, max_iter=3000, tol=0.0) <= 1e-5
-
-
-@pytest.mark.parametrize("scale", [1e-200, 1e200])
-def test_cp_does_not_depend_on_the_scale(scale):
-    weight = kernel((6, 5, 3, 3))
-    small = decompose.cp_filters(weight * scale, 2).weight() / scale
-    assert l2_relative(small, decompose.cp_filters(weight, 2).weight()) <= 1e-6
-
-
-@pytest.mark.parametrize("rank", [1, 3, 6, 8])
-def test_cp_never_gets_worse_with_more_sweeps(rank):
-    weight = kernel((10, 7, 3, 3))
-    errors = [cp_error(weight, rank, max_iter=n, tol=0.0) for n in (1, 2, 4, 8, 16, 64)]
-    assert errors[0] < 1
-    assert all(after <= before + 1e-7 for before, after in itertools.pairwise(errors))
-
-
-@pytest.mark.parametrize("shape", [(10, 7, 3, 3), (10, 1, 3, 3), (4, 12, 3, 5), (6, 3, 3, 1)])
-def test_cp_error_falls_over_the_ranks(shape):
-    """ALS finds local optima, so neighbouring ranks may trade places by a little; the trend and the ends are sure."""
-    weight, top = kernel(shape), shape[2] * shape[3]
-    errors = [cp_error(weight, rank) for rank in range(1, top + 1)]
-    assert errors[-1] <= 1e-12
-    assert all(after <= before * 1.02 + 1e-6 for before, after in itertools.pairwise(errors))
-    # A rank-1 term fits at least the strongest of the kh·kw pixels of a filter: ‖W‖²(1 − 1/(kh·kw)) is left at most.
-    assert errors[0] <= math.sqrt(1 - 1 / top) + 1e-9
-
-
-def test_cp_of_high_rank_does_not_degenerate():
-    found = decompose.cp_filters(kernel((32, 16, 3, 3)), 8)
-    norms = math.prod(f.norm(dim=2) for f in found)
-    assert float(norms.max()) <= 20 * float(kernel((32, 16, 3, 3)).flatten(1).norm(dim=1).max())
-
-
-@pytest.mark.parametrize("rank", [1, 4, 9])
-def test_cp_terms_are_balanced_and_zero_filters_stay_zero(rank):
-    weight = kernel((6, 5, 3, 3))
-    weight[2] = 0
-    weight[4, :, 1] = 0
-    found = decompose.cp_filters(weight, rank)
-    norms = torch.stack([f.norm(dim=2) for f in found])
-    assert bool(torch.isfinite(norms).all())
-    assert float((norms - norms[0]).abs().max()) <= 1e-12 * float(norms.max())
-    assert not any(bool(f[:, 2].any()) for f in found)
-    zeros = decompose.cp_filters(torch.zeros(3, 2, 3, 3), rank)
-    assert not any(bool(f.any()) for f in zeros)
-
-
-def test_cp_is_determined_by_its_seed_alone():
-    weight = kernel((6, 5, 3, 3))
-    state = torch.get_rng_state()
-    first = decompose.cp_filters(weight, 3, seed=7)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.randn(5)
-    again, other = decompose.cp_filters(weight, 3, seed=7), decompose.cp_filters(weight, 3, seed=8)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first.pointwise, other.pointwise)
-
-
-def test_filters_of_one_layer_do_not_disturb_each_other():
-    """A filter a million times smaller than its neighbours is fitted as well as alone."""
-    small = kernel((1, 5, 3, 3), seed=1) * 1e-6
-    together = decompose.cp_filters(torch.cat([kernel((3, 5, 3, 3)), small]), 4).weight()[3:]
-    assert l2_relative(together, small) <= 1.05 * cp_error(small, 4) + 0.02
-
-
 def test_autocast_does_not_lower_the_precision():
     weight = kernel((6, 5, 3, 3), torch.float32)
     calls = [
@@ -316,6 +226,8 @@ def test_autocast_does_not_lower_the_precision():
         lambda: decompose.spatial_svd(weight, 15),
         lambda: decompose.decoupled_svd(weight, 5),
         lambda: decompose.cp_filters(weight, 4),
+        lambda: decompose.cp_layer(weight, 20),
+        lambda: decompose.cp_layer(weight, 20, algorithm="greedy"),
     ]
     for call in calls:
         with torch.autocast("cpu", torch.bfloat16):
@@ -359,7 +271,16 @@ W = torch.zeros(4, 3, 3, 3)
         (lambda: decompose.cp_filters(W, 1, seed=-1), ValueError, r"seed must be an int at least 0"),
         (lambda: decompose.cp_filters(W, 1, max_iter=0), ValueError, r"max_iter must be an int at least 1"),
         (lambda: decompose.cp_filters(W, 1, tol=math.nan), ValueError, r"tol must be a finite number at least 0"),
-        (lambda: decompose.cp_filters(W / 0, 1), ValueError, r"weight must be finite"),
+        (lambda: decompose.cp_filters(W / 0, 1), ValueError, r"weight must be finite, got 108 NaN"),
+        (lambda: decompose.cp_filters(W[0], 1), ValueError, r"weight must be of shape"),
+        (lambda: decompose.cp_layer(W, 28), ValueError, r"rank must be an int between 1 and 27, got 28"),
+        (lambda: decompose.cp_layer(W, 0), ValueError, r"rank must be an int between 1 and 27, got 0"),
+        (lambda: decompose.cp_layer(W, 2.0), TypeError, r"rank must be an int, got float"),
+        (lambda: decompose.cp_layer(W, 1, algorithm="tpm"), ValueError, r"algorithm must be one of \['als', 'greedy'\]"),
+        (lambda: decompose.cp_layer(W, 1, seed=-1), ValueError, r"seed must be an int at least 0"),
+        (lambda: decompose.cp_layer(W, 1, max_iter=0), ValueError, r"max_iter must be an int at least 1"),
+        (lambda: decompose.cp_layer(W, 1, tol=-1), ValueError, r"tol must be a finite number at least 0"),
+        (lambda: decompose.cp_layer(W / 0, 1), ValueError, r"weight must be finite"),
         (lambda: decompose.unfold(W, "mode5"), ValueError, r"matricization must be one of"),
     ],
 )
@@ -368,7 +289,7 @@ def test_bad_input_is_refused_in_one_sentence(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("name", ["channel_svd", "spatial_svd", "decoupled_svd", "tucker2", "cp_filters"])
+@pytest.mark.parametrize("name", ["channel_svd", "spatial_svd", "decoupled_svd", "tucker2", "cp_filters", "cp_layer"])
 def test_an_empty_weight_is_named(name):
     with pytest.raises(ValueError, match="^weight must be of sizes"):
         getattr(decompose, name)(torch.randn(0, 3, 3, 3), 1)
