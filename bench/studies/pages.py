@@ -105,6 +105,9 @@ def funnel(results: Results) -> str:
     study, rows = results["funnel"], []
     for kind, label in (("penalty", "penalty"), ("step", "step"), ("schedule", "C"), ("lr", "learning rate")):
         for name, row in study[kind].items():
+            if "diverged" in row:
+                rows.append([f"{label} {name}", "", "", "diverged", "", "", ""])
+                continue
             rows.append(
                 [
                     f"{label} {name}",

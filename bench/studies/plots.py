@@ -14,7 +14,7 @@ from fastrank.report import COLOURS
 
 MARKERS = "osD^vP*X<>hdp"
 # What belongs together has one colour.
-FAMILIES = {"SVD": 0, "TRP": 1, "Tucker-2": 2, "NRMF": 2, "VBMF": 5, "MUSCO": 5, "auto": 3, "Funnel": 3, "NORTON": 4}
+FAMILIES = {"SVD": 0, "TRP": 1, "Tucker-2": 2, "NRMF": 2, "VBMF": 5, "MUSCO": 5, "Funnel": 3, "NORTON": 4}
 
 
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
@@ -107,7 +107,7 @@ def _gates(study: dict[str, Any]) -> Any:
     left.axvline(0.02, color="0.3", linestyle="--", linewidth=1, label="threshold 0.02")
     left.set(xlabel="|gate|", ylabel="gates", title="Penalised gates of the whole network")
     left.legend(frameon=False)
-    rows = study["schedule"]
+    rows = {name: row for name, row in study["schedule"].items() if "diverged" not in row}
     for index, (name, row) in enumerate(rows.items()):
         right.scatter(row["pruned_percent"], row["pruned"], color=COLOURS[index % 6], marker=MARKERS[index], label=name)
     right.set(xlabel="pruned gates, %", ylabel="accuracy after pruning, %", title="Schedules of C")

@@ -91,13 +91,15 @@ def solve(gram: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
     """
     gram.diagonal(dim1=1, dim2=2).mul_(1 + ridge[:, None]).add_(VANISHED)
     if gram.shape[1] < SMALL:
-        return torch.linalg.inv_ex(gram)[0] @ right
+        inverse: Tensor = torch.linalg.inv_ex(gram)[0]
+        return inverse @ right
     return torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram)[0])
 
 
 def unit(vectors: Tensor) -> Tensor:
     """Vectors along the last dimension, divided by their norms; zero vectors stay zero."""
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    lengths: Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / lengths.clamp(min=torch.finfo(vectors.dtype).tiny)
 
 
 def khatri_rao(p: Tensor, q: Tensor) -> Tensor:

@@ -23,7 +23,10 @@ ROUNDING = 1e-15
 
 
 class Point(NamedTuple):
-    """b, c of norm 1 and what the best a for them makes: a Xᵀ (N, R, p), a aᵀ (N, R, R), (ddᵀ + ridge)⁻¹ d, error²."""
+    """b, c of norm 1 and what the best a for them makes: a Xᵀ (N, R, p), a aᵀ (N, R, R), (ddᵀ + ridge)⁻¹ d, error².
+
+    The error² is infinite where a term is too large.
+    """
 
     b: Tensor
     c: Tensor
@@ -39,8 +42,7 @@ def refine(gram: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     damping = torch.full_like(now.error, FIRST_DAMPING)
     for _ in range(STEPS):
         new = _evaluate(gram, *_step(gram, now, damping))
-        small = new.overlaps.diagonal(dim1=1, dim2=2).amax(1) <= _als.LARGEST_TERM**2
-        better = (new.error < now.error + ROUNDING) & small
+        better = new.error < now.error + ROUNDING
         damping = torch.where(better, damping / 10, damping * 4).clamp(min=LEAST_DAMPING)
         # Errors are either below the noise or about to be after one more quadratic step.
         done = bool((now.error < ROUNDING).all())
@@ -55,8 +57,12 @@ def _evaluate(gram: Tensor, b: Tensor, c: Tensor) -> Point:
     ridge = torch.full((), _als.SMALLEST_RIDGE, dtype=b.dtype, device=b.device).expand(b.shape[0])
     dual = _als.solve((b @ b.mT) * (c @ c.mT), ridge, images)
     seen = dual @ gram
-    error = gram.diagonal(dim1=1, dim2=2).sum(1) - (seen * images).sum((1, 2))
-    return Point(b, c, seen, seen @ dual.mT, dual, error)
+    overlaps = seen @ dual.mT
+    # b and c have norm 1, so the diagonal of a aᵀ holds the squared sizes of the terms, which the ridge counts.
+    sizes = overlaps.diagonal(dim1=1, dim2=2)
+    error = gram.diagonal(dim1=1, dim2=2).sum(1) - (seen * images).sum((1, 2)) - ridge * sizes.sum(1)
+    error = torch.where(sizes.amax(1) <= _als.LARGEST_TERM**2, error, torch.inf)
+    return Point(b, c, seen, overlaps, dual, error)
 
 
 def _step(gram: Tensor, now: Point, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +82,8 @@ def _step(gram: Tensor, now: Point, damping: Tensor) -> tuple[Tensor, Tensor]:
     gradient = (moves @ left[..., None])[..., 0]
     flat = moves.flatten(1, 2)
     free = flat - (flat @ now.dual.mT) @ images
-    normal = (free @ flat.mT).unflatten(1, (rank, size)).unflatten(3, (rank, size))
-    normal = (normal * now.overlaps[:, :, None, :, None]).flatten(3).flatten(1, 2)
+    normal = (free @ flat.mT).view(count, rank, size, rank, size)
+    normal = (normal * now.overlaps[:, :, None, :, None]).view(count, rank * size, rank * size)
     normal.diagonal(dim1=1, dim2=2).add_(damping[:, None])
     found, wrong = torch.linalg.cholesky_ex(normal)
     step = torch.cholesky_solve(gradient.reshape(count, -1, 1), found).view(count, rank, size)

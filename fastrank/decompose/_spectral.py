@@ -33,4 +33,4 @@ def svd_batch(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = vectors.flip(2)
     rest = u.mT @ wide
     s = rest.norm(dim=2)
-    return u, s, torch.where(s[..., None] > 0, rest / s[..., None].clamp(min=torch.finfo(s.dtype).tiny), 0.0)
+    return u, s, rest.div_(s[..., None].clamp(min=torch.finfo(s.dtype).tiny))

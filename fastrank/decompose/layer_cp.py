@@ -38,13 +38,14 @@ def cp_layer(
 ) -> CPLayer:
     """CP of rank R of a kernel (O, I, kh, kw), the three factors of a term balanced in norm; largest term first.
 
-    algorithm: "als" fits all terms together, with the ridge, momentum and largest term of `_als`; max_iter sweeps, or
-    until a sweep lowers the squared relative error by less than `tol` (3e-4 by default). "greedy" (in the spirit of CP-TPM: Astrid, Lee
-    2017) takes one term after the other off what is left, by power iteration from several random starts; max_iter
-    iterations a term, or until one raises the term's energy by less than `tol` of it (1e-2 by default). It is coarser,
-    and the terms of a lower rank are the first ones of a higher.
+    algorithm: "als" fits all terms together, with the ridge, momentum and largest term of `_als`: max_iter sweeps, or
+    until one lowers the squared error by less than `tol` of it (3e-4 by default). "greedy" (in the spirit of CP-TPM:
+    Astrid, Lee 2017) takes one term after the other off what is left, by power iteration from random starts: max_iter
+    iterations a term, or until one raises its energy by less than `tol` of it (1e-2 by default). It is coarser, and the
+    terms of a lower rank are the first ones of a higher.
     rank: between 1 and kh·kw·min(I, O), at which the sum is exact. There, and for 1×1 kernels, where it is a truncated
-    SVD, both take a closed form. `seed` draws the random starts. Computed in float64, greedy terms of float32 kernels in float32.
+    SVD, both take a closed form. `seed` draws the random starts. Computed in float64, but greedy in the weight's dtype
+    where that is float32.
     Raises ValueError on other ranks, empty weights, NaN and Inf.
     """
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
@@ -72,9 +73,8 @@ def cp_layer(
         else:
             a, b, c = _greedy_terms(tensor.to(reference.linalg.working(weight).dtype), rank, generator, max_iter, tol)
         a, b, c = _balanced(a, b, c, (norm * unit) ** (1 / 3))
-        return CPLayer(
-            *(x.to(weight.dtype).contiguous() for x in (b, c.unflatten(1, (kh, kw)), a.T))
-        )
+        factors = b, torch.unflatten(c, 1, (kh, kw)), a.T
+        return CPLayer(*(x.to(weight.dtype).contiguous() for x in factors))
 
 
 def _balanced(a: Tensor, b: Tensor, c: Tensor, share: Tensor) -> list[Tensor]:
@@ -97,7 +97,7 @@ def _principal_slices(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor
     """
     by_pixel = tensor.transpose(0, 1).flatten(1)
     directions, _, _ = _spectral.svd(by_pixel) if tensor.shape[1] > 1 else (by_pixel.new_ones(1, 1), None, None)
-    slices = (directions.T @ by_pixel).unflatten(1, (tensor.shape[0], tensor.shape[2]))
+    slices = torch.unflatten(directions.T @ by_pixel, 1, (tensor.shape[0], tensor.shape[2]))
     u, s, vh = (torch.stack(parts) for parts in zip(*(_spectral.svd(m) for m in slices), strict=True))
     chosen = s.flatten().topk(min(rank, s.numel())).indices
     place, number = chosen // s.shape[1], chosen % s.shape[1]
@@ -119,7 +119,7 @@ def _als_terms(
     _, ridge, bc = min(raced, key=lambda found: float(found[0]))
     if max_iter > RACE:
         _, ridge, bc = _als.minimise(problem.sweep, data, bc, max_iter - RACE, tol, ridge)
-    b, c = bc.split(problem.sizes, 2)
+    b, c = torch.split(bc, problem.sizes, 2)
     return problem.best_a(b, c, ridge)[0][0], b[0], c[0]
 
 
@@ -130,11 +130,11 @@ class _Problem:
         self.by_out = tensor.flatten(1)
         self.by_in = tensor.permute(2, 1, 0).flatten(1)
         self.pixels = tensor.shape[1]
-        self.sizes = (tensor.shape[2], tensor.shape[1])
+        self.sizes = [tensor.shape[2], tensor.shape[1]]
 
     def best_a(self, b: Tensor, c: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """a (1, R, O); the kernel as b sees it (R, K, O); as b ∘ c see it (1, R, O); the squared sizes (1, R)."""
-        seen = (b[0] @ self.by_in).unflatten(1, (self.pixels, -1))
+        seen = torch.unflatten(b[0] @ self.by_in, 1, (self.pixels, -1))
         wanted = (c[0][:, None] @ seen)[:, 0][None]
         normal = (b @ b.mT) * (c @ c.mT)
         lengths = normal.diagonal(dim1=1, dim2=2).clone()
@@ -143,12 +143,12 @@ class _Problem:
 
     def sweep(self, data: Tensor, bc: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `_als.Sweep`; one problem of norm 1."""
-        b, c = bc.split(self.sizes, 2)
+        b, c = torch.split(bc, self.sizes, 2)
         a, seen, wanted, sizes = self.best_a(b, c, ridge)
         error = 1 - (a * wanted).sum((1, 2)) - ridge * sizes.sum(1)
         of_a = a @ a.mT
         c = _als.solve(of_a * (b @ b.mT), ridge, (seen @ a[0][..., None])[..., 0][None])
-        seen = (a[0] @ self.by_out).unflatten(1, (self.pixels, -1))
+        seen = torch.unflatten(a[0] @ self.by_out, 1, (self.pixels, -1))
         b = _als.solve(of_a * (c @ c.mT), ridge, (c[0][:, None] @ seen)[:, 0][None])
         return error, sizes, torch.cat([b, c], 2)
 
@@ -167,7 +167,7 @@ def _greedy_terms(
         a = torch.randn(TERM_STARTS, left.shape[0], generator=generator, dtype=torch.float64).to(left)
         energy = left.new_zeros(())
         for step in range(1, max_iter + 1):
-            b, c = _leading_pairs((a @ left).unflatten(1, tensor.shape[1:]))
+            b, c = _leading_pairs(torch.unflatten(a @ left, 1, tensor.shape[1:]))
             image = (c[:, :, None] * b[:, None, :]).flatten(1)
             a = image @ left.T
             energies = a.square().sum(1)

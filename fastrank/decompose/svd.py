@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastrank import _checks, reference
@@ -56,5 +57,5 @@ def decoupled_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u, s, vh = _spectral.svd_batch(weight.detach().flatten(2))
     root = s[:, :rank, None].sqrt()
     pointwise = (u[:, :, :rank].mT * root).transpose(0, 1)
-    depthwise = (root * vh[:, :rank]).transpose(0, 1).unflatten(2, (kh, kw))
+    depthwise = torch.unflatten((root * vh[:, :rank]).transpose(0, 1), 2, (kh, kw))
     return pointwise.to(weight.dtype).contiguous(), depthwise.to(weight.dtype).contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 
 def working(matrix: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         u, s, vh = torch.linalg.svd(work, full_matrices=False)
         return u, s, vh
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         # LAPACK's divide and conquer gives up on some matrices with many singular values near 0, such as projections
         # leave behind. Rounded otherwise, they get through: in float64, and in float64 as the transpose.
         if work.dtype == torch.float64:
@@ -51,7 +52,7 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
     work = working(matrix.detach())
     try:
         found: Tensor = torch.linalg.svdvals(work)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         found = svd(work)[1]
     return found.sum()
 

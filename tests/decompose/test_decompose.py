@@ -276,7 +276,7 @@ W = torch.zeros(4, 3, 3, 3)
         (lambda: decompose.cp_layer(W, 28), ValueError, r"rank must be an int between 1 and 27, got 28"),
         (lambda: decompose.cp_layer(W, 0), ValueError, r"rank must be an int between 1 and 27, got 0"),
         (lambda: decompose.cp_layer(W, 2.0), TypeError, r"rank must be an int, got float"),
-        (lambda: decompose.cp_layer(W, 1, algorithm="tpm"), ValueError, r"algorithm must be one of \['als', 'greedy'\]"),
+        (lambda: decompose.cp_layer(W, 1, algorithm="a"), ValueError, r"algorithm must be one of \['als', 'greedy'\]"),
         (lambda: decompose.cp_layer(W, 1, seed=-1), ValueError, r"seed must be an int at least 0"),
         (lambda: decompose.cp_layer(W, 1, max_iter=0), ValueError, r"max_iter must be an int at least 1"),
         (lambda: decompose.cp_layer(W, 1, tol=-1), ValueError, r"tol must be a finite number at least 0"),
