@@ -1,7 +1,7 @@
 """Decompositions and ranks on a CPU against what one would call instead, measured in turns in one process.
 
     pytest bench/test_decompose.py --benchmark-only --benchmark-json=decompose.json
-    python bench/test_decompose.py decompose.json     # the table of docs/decompositions.md
+    python bench/test_decompose.py decompose.json bench/results/decompose-cpu.json    # docs/decompositions.md's table
 
 TensorLy's parafac is called on a few filters a round, as is with NumPy, and its time multiplied up to the layer. The
 SVD contenders are torch.linalg.svd of the same float32 matrices, without the products that make factors of them.
@@ -186,7 +186,7 @@ def test_cp_layer(benchmark: Any, channels: int, rank: int, algorithm: str) -> N
     slices = torch.linalg.svdvals(weight.flatten(2).permute(2, 0, 1)).flatten().sort(descending=True).values
     start = float(slices[rank:].square().sum() / slices.square().sum()) ** 0.5
     assert error <= start, f"an error of {error:.5f}, slices leave {start:.5f}"
-    others = []
+    others, theirs = [], 0.0
     if channels == 128 and algorithm == "als":
         given = weight.flatten(2).double().numpy()
         cp = parafac(given, rank, init="random", random_state=0)
@@ -200,21 +200,29 @@ def test_cp_layer(benchmark: Any, channels: int, rank: int, algorithm: str) -> N
         rounds=5 if channels == 128 else 3,
         error=error,
         error_of_slices=start,
+        **({"error_of_parafac": theirs} if others else {}),
     )
 
 
-def main(path: str) -> None:
-    """Prints a Markdown table of a result: medians, what the others take, and errors where they differ."""
-    print("| what | fastrank | instead | ratio | error | its error |\n|---|---:|---:|---:|---:|---:|")
-    for each in json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]:
+def main(path: str, keep: str = "") -> None:
+    """Prints a Markdown table of a result, and writes what it takes of it to the file `keep`, where one is named."""
+    cases = [
+        {key: each[key] for key in ("name", "extra_info")}
+        for each in json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
+    ]
+    if keep:
+        Path(keep).write_text(json.dumps({"benchmarks": cases}, indent=1) + "\n", encoding="utf-8")
+    found = cases[0]["extra_info"]["environment"]
+    print(f"Medians, in turns; torch {found['torch']}, threads: {found['cpu_threads']}.\n")
+    print("| what | fastrank | instead | takes | ratio | error | its error |\n|---|---:|---|---:|---:|---:|---:|")
+    for each in cases:
         info, case = each["extra_info"], each["name"].removeprefix("test_")
-        own = info["times"]["fastrank"]["p50_us"]
-        rows = [(name, info["times"][name]["p50_us"], times) for name, times in info["times_as_long"].items()]
-        for name, theirs, times in rows or [("", 0.0, 0.0)]:
-            cells = [f"{name} {theirs / 1e3:.0f} ms", f"{times:.1f}×"] if name else ["", ""]
-            errors = [f"{info[key]:.4f}" if key in info else "" for key in ("error", "error_of_parafac")]
-            print(f"| {' | '.join([f'`{case}`', f'{own / 1e3:.1f} ms', *cells, *errors])} |")
+        first = [f"`{case}`", f"{info['times']['fastrank']['p50_us'] / 1e3:.1f} ms"]
+        errors = [f"{info[key]:.4f}" if key in info else "" for key in ("error", "error_of_parafac")]
+        for name, times in (info["times_as_long"] or {"": 0.0}).items():
+            other = [name, f"{info['times'][name]['p50_us'] / 1e3:.0f} ms", f"{times:.1f}×"] if name else ["", "", ""]
+            print(f"| {' | '.join([*first, *other, *errors])} |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastrank import data, make_plan, methods, models, ranks, train
+from fastrank import data, methods, models, ranks, train
 from fastrank.decompose import unfold
 from studies.lab import BATCH, Lab
 
@@ -15,13 +16,16 @@ EPOCHS_SHOWN = (0, 1, 2, 5, 10, 20, 40, 60)
 
 
 def run(lab: Lab, seed: int = 0) -> dict[str, Any]:
-    """Curves of the README's modified LeNet-5, and the layer table of the network of the comparison."""
+    """Curves of the README's modified LeNet-5, and its layer table."""
     curves = {
         name: lab.cell(f"nrmf curves {name}", lambda name=name: _curves(lab, name == "NRMF", seed))
         for name in ("plain", "NRMF")
     }
-    table = lab.cell("nrmf layers", lambda: {"rows": _layers(lab, seed)})
-    return {"layer": LAYER, "curves": curves, "layers": table["rows"]}
+    rows = []
+    for layer, plain in curves["plain"]["layers"].items():
+        row = {key: plain[key] for key in ("layer", "in", "out", "params")}
+        rows.append({**row, "VBMF": plain["VBMF"], "NRMF": curves["NRMF"]["layers"][layer]["NRMF"]})
+    return {"layer": LAYER, "curves": curves, "layers": rows}
 
 
 def _curves(lab: Lab, regularised: bool, seed: int) -> dict[str, Any]:
@@ -50,24 +54,23 @@ def _curves(lab: Lab, regularised: bool, seed: int) -> dict[str, Any]:
         progress=False,
         on_epoch=lambda row: note(row.epoch),
     )
-    return found
+    return {**found, "layers": _layers(model)}
 
 
-def _layers(lab: Lab, seed: int) -> list[dict[str, Any]]:
-    """The README's layer table: VBMF's ranks in the plain network, NRMF's at p = 95 % in the regularised one."""
-    plans = {
-        "VBMF": make_plan(lab.dense("plain", seed), "vbmf", example_input=lab.example),
-        "NRMF": make_plan(lab.dense("NRMF", seed), "nrmf", example_input=lab.example, energy=0.95),
-    }
-    model = lab.dense("plain", seed)
-    rows = []
+def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of every convolution EVBMF's ranks and those at p = 95 %, with the parameters of the Tucker-2 form."""
+    found = {}
     for name, module in model.named_modules():
-        if name in plans["VBMF"].layers and getattr(module, "kernel_size", None) == (3, 3):
-            out_channels, in_channels = module.weight.shape[:2]
-            row = {"layer": name, "in": in_channels, "out": out_channels, "params": module.weight.numel()}
-            for method, plan in plans.items():
-                pair = plan.layers[name].ranks
-                small = None if not pair else in_channels * pair[0] + 9 * pair[0] * pair[1] + pair[1] * out_channels
-                row[method] = {"ranks": list(pair), "params": small}
-            rows.append(row)
-    return rows
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight.detach()
+            out_channels, in_channels, kh, kw = weight.shape
+            row: dict[str, Any] = {"layer": name, "in": in_channels, "out": out_channels, "params": weight.numel()}
+            unfoldings = [unfold(weight, mode) for mode in ("mode3", "mode4")]
+            for method, pair in (
+                ("VBMF", [ranks.vbmf_rank(m) for m in unfoldings]),
+                ("NRMF", [ranks.energy_rank(ranks.singular_values(m), 0.95) for m in unfoldings]),
+            ):
+                small = in_channels * pair[0] + kh * kw * pair[0] * pair[1] + pair[1] * out_channels
+                row[method] = {"ranks": pair, "params": small}
+            found[name] = row
+    return found

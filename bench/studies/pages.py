@@ -144,10 +144,13 @@ def nrmf_layers(results: Results) -> str:
         cells = [row["layer"], f"{row['in']}→{row['out']}", report.short(row["params"])]
         for method in ("VBMF", "NRMF"):
             found = row[method]
-            text = report.ranks_text(found["ranks"])
-            if found["ranks"]:
-                text += f" {report.short(found['params'])} ({ratio(row['params'], found['params'])})"
-            cells.append(text)
+            if 0 in found["ranks"]:
+                cells.append("only noise")
+            else:
+                cells.append(
+                    f"{report.ranks_text(found['ranks'])}: {report.short(found['params'])}"
+                    f" ({ratio(row['params'], found['params'])})"
+                )
         rows.append(cells)
     return markdown(["layer", "S→T", "params", "VBMF, plain training", "NRMF, p = 95 %"], rows)
 

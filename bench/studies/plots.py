@@ -49,11 +49,13 @@ def _pareto(study: dict[str, Any]) -> Any:
     for axis, (key, whole, label) in zip(axes, columns, strict=True):
         axis.axhline(sum(plain) / len(plain), color="0.6", linestyle="--", linewidth=1, label="dense, plain training")
         for index, name in enumerate(rows):
-            points = sorted(
+            points = [
                 (row[key] / (whole or row["dense_ms"]), row["tuned"])
                 for row in reached
                 if row["row"] == name and key in row
-            )
+            ]
+            if not points:
+                continue
             axis.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
@@ -84,7 +86,7 @@ def _norton(study: dict[str, Any]) -> Any:
     other.set_ylabel("NMSE of the weights (triangles)", color=COLOURS[2])
     other.set_ylim(bottom=0)
     left.set(xlabel="rank R", ylabel="accuracy, %", title="Rank ablation")
-    left.legend(loc="center right", frameon=False)
+    left.legend(loc="upper left", bbox_to_anchor=(0.02, 0.92), frameon=False)
     left.grid(alpha=0.3)
     trade = study["trade_off"]
     names = [f"R = {row['rank']}\n{row['rate']:.0%} pruned" for row in trade]
@@ -93,7 +95,7 @@ def _norton(study: dict[str, Any]) -> Any:
         text = f"{row['tuned']:.1f} %\n−{row['fewer']['params']:.0f} % params"
         right.text(index, row["tuned"], text, ha="center", va="bottom", fontsize=8)
     low, high = min(row["tuned"] for row in trade), max(row["tuned"] for row in trade)
-    right.set_ylim(max(0, low - 3), high + 2)
+    right.set_ylim(max(0, low - 2), min(100.4, high + 1))
     right.set(ylabel="accuracy after fine-tuning, %", title="Rank against pruning at like multiply-adds")
     return figure
 

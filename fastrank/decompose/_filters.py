@@ -15,8 +15,8 @@ from fastrank.decompose import _als, _gauss_newton
 from fastrank.decompose._als import khatri_rao, unit
 
 # No error² is below the energy that the pixels have beyond their R principal directions. Filters that have less than
-# this there may be of the asked rank: Gauss–Newton finds out, and tries again from random starts where it comes near but
-# stays above that bound. Kernels of trained networks have more, unless R reaches their input channels.
+# this there may be of the asked rank: Gauss–Newton finds out, and tries again from random starts where it comes near
+# but stays above that bound. Kernels of trained networks have more, unless R reaches their input channels.
 NEARLY_EXACT = 1e-4
 PROMISING = 0.02
 EXACT = 1e-12

@@ -72,7 +72,7 @@ def cp_layer(
             a, b, c = _als_terms(tensor, rank, generator, max_iter, tol)
         else:
             a, b, c = _greedy_terms(tensor.to(reference.linalg.working(weight).dtype), rank, generator, max_iter, tol)
-        a, b, c = _balanced(a, b, c, (norm * unit) ** (1 / 3))
+        a, b, c = _balanced(a, b, c, norm ** (1 / 3) * unit ** (1 / 3))
         factors = b, torch.unflatten(c, 1, (kh, kw)), a.T
         return CPLayer(*(x.to(weight.dtype).contiguous() for x in factors))
 

@@ -94,7 +94,7 @@ def test_weights_given_with_the_run_are_the_start(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(network.state_dict(), path)
     document = changed(model={"name": "lenet5_nrmf", "pretrained": True}, train=None, regularize=None, finetune=None)
-    with pytest.raises(ValueError, match=r"pretrained must be a file with trained weights of lenet5_nrmf"):
+    with pytest.raises(ValueError, match=r"pretrained must be a file with trained weights, of lenet5_nrmf"):
         recipe.run(recipe.parse(document), tmp_path / "out", progress=False)
     recipe.run(recipe.parse(document), tmp_path / "out", pretrained=str(path), progress=False)
     plan = fastrank.make_plan(network, "nrmf", energy=0.5, example_input=torch.zeros(1, 1, 8, 8))
