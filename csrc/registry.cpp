@@ -10,8 +10,12 @@ STABLE_TORCH_LIBRARY(fastrank, m) {
   m.def(
       "cp_conv2d(Tensor x, Tensor pointwise, Tensor vertical, Tensor horizontal, Tensor? bias, "
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str backend) -> Tensor");
-  m.def("nuclear_norm(Tensor[] matrices, str backend) -> Tensor");
-  m.def("nuclear_subgradient(Tensor[] matrices, float? energy, str backend) -> Tensor[]");
+  m.def("nuclear_norm(Tensor[] matrices, str backend, str on_nonfinite) -> Tensor");
+  m.def("nuclear_subgradient(Tensor[] matrices, float? energy, str backend, str on_nonfinite) -> Tensor[]");
+  m.def(
+      "project_energy(Tensor[] matrices, float energy, str backend, str on_nonfinite) -> "
+      "(Tensor[] projected, Tensor ranks)");
+  m.def("polar_factors(Tensor[] matrices, float tolerance, str backend) -> Tensor[]");
   m.def("gated_factor(Tensor direction, Tensor gate, str backend) -> Tensor");
   m.def(
       "gated_factor_backward(Tensor grad, Tensor direction, Tensor gate, str backend) -> "
@@ -32,4 +36,11 @@ STABLE_TORCH_LIBRARY(fastrank, m) {
   m.def(
       "launch_funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, "
       "Tensor(a!)[] grads) -> ()");
+  m.def(
+      "launch_spectral(Tensor[] matrices, Tensor(a!)[] outs, int[] places, bool subgradient, float energy, "
+      "int[] limits, Tensor(b!) ranks, Tensor(c!) status, Tensor(d!) state, Tensor(e!) workspace) -> ()");
+  m.def(
+      "launch_svd(Tensor[] matrices, Tensor(a!)[] left, Tensor(b!)[] values, Tensor(c!)[] right, int[] "
+      "places, "
+      "int[] limits, Tensor(d!) status, Tensor(e!) state, Tensor(f!) workspace) -> ()");
 }

@@ -42,19 +42,23 @@ class Facts:
     missing_host: str
 
 
-# The backends that exist for an operator. The first is what `auto` takes: kernels move to the front only with a
-# committed measurement that shows them winning.
+# The backends that exist for an operator. The first is what `auto` takes where AUTO names no other for the device:
+# kernels move there only with a committed measurement that shows them winning.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "gated_factor": ("reference", "triton", "cuda", "host"),
     "funnel_penalty": ("reference", "triton", "cuda", "host"),
     "tucker2_conv2d": ("sequence", "dense", "reference"),
     "cp_conv2d": ("sequence", "dense", "reference"),
-    "svd": ("reference",),
-    "nuclear_norm": ("reference",),
-    "nuclear_subgradient": ("reference",),
-    "project_energy": ("reference",),
+    "svd": ("reference", "gram", "cuda", "host"),
+    "nuclear_norm": ("reference", "gram", "cuda", "host"),
+    "nuclear_subgradient": ("reference", "gram", "cuda", "host"),
+    "project_energy": ("reference", "gram", "cuda", "host"),
+    "polar_factors": ("reference", "triton"),
 }
-NAMES = ("auto", "reference", "triton", "cuda", "host", "sequence", "dense")
+# What won in bench/results/linalg-cpu.json. A backend that cannot run a call is passed over.
+SPECTRAL = ("svd", "nuclear_norm", "nuclear_subgradient", "project_energy")
+AUTO: dict[tuple[str, str], str] = {(op, "cpu"): "gram" for op in SPECTRAL}
+NAMES = ("auto", "reference", "gram", "triton", "cuda", "host", "sequence", "dense")
 
 
 @lru_cache(maxsize=1)
@@ -83,6 +87,13 @@ def facts(op: str, x: Tensor) -> Facts:
 
 def can_run_library(facts: Facts) -> Verdict:
     """reference, sequence and dense are plain PyTorch: they run wherever torch does."""
+    return Verdict(True)
+
+
+def can_run_gram(facts: Facts) -> Verdict:
+    """Gram matrices by library products: for matrices whose squares float64 can hold."""
+    if facts.dtype is torch.float64:
+        return Verdict(False, "a Gram matrix halves the digits of float64")
     return Verdict(True)
 
 
@@ -120,13 +131,14 @@ def can_run_host(facts: Facts) -> Verdict:
         return Verdict(False, f"the tensor is on {facts.device}; the host build of the kernels reads CPU memory")
     if facts.missing_host:
         return Verdict(False, facts.missing_host)
-    if facts.dtype is not torch.float32:
+    if facts.dtype is not torch.float32 and not (facts.op in SPECTRAL and facts.dtype.itemsize == 2):
         return Verdict(False, f"the host build of the kernels takes float32, not {facts.dtype}")
     return Verdict(True)
 
 
 _PREDICATES: dict[str, Callable[[Facts], Verdict]] = {
     "reference": can_run_library,
+    "gram": can_run_gram,
     "sequence": can_run_library,
     "dense": can_run_library,
     "triton": can_run_triton,
@@ -149,7 +161,8 @@ def choose(facts: Facts, requested: str) -> str:
     """The backend that serves a call. A backend that was asked for by name is taken or refused, never replaced."""
     _checks.choice("backend", requested, NAMES)
     if requested == "auto":
-        return BACKENDS[facts.op][0]
+        measured = AUTO.get((facts.op, facts.device))
+        return measured if measured and _PREDICATES[measured](facts) else BACKENDS[facts.op][0]
     verdict = explain(facts)[requested]
     if not verdict:
         raise ValueError(f"backend={requested!r} cannot run {facts.op} here: {verdict.reason}")

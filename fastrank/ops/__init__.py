@@ -1,17 +1,23 @@
 """The public functions. Each validates once, then dispatches; nothing else touches a kernel."""
 
+from fastrank.ops._counts import spectral_counts
+from fastrank.ops._pending import check_pending
+from fastrank.ops._warm import SpectralState
 from fastrank.ops.cp import cp_conv2d
 from fastrank.ops.gates import funnel_penalty, gated_factor
 from fastrank.ops.linalg import nuclear_norm, nuclear_subgradient, project_energy, svd
 from fastrank.ops.tucker2 import tucker2_conv2d
 
 __all__ = [
+    "SpectralState",
+    "check_pending",
     "cp_conv2d",
     "funnel_penalty",
     "gated_factor",
     "nuclear_norm",
     "nuclear_subgradient",
     "project_energy",
+    "spectral_counts",
     "svd",
     "tucker2_conv2d",
 ]

@@ -1,0 +1,170 @@
+"""Warm starts: the eigenbases of the last call, one correction of first order, and a test of what it leaves out.
+
+Weights move little in a training step, so the basis of an earlier one nearly serves (see `_correction`). What it leaves
+out is of second order and is estimated; where that exceeds the tolerance, or the kept rank could be another, the basis
+is computed anew. On a GPU the host does not wait for the estimate: see `_resident`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrank import _checks
+from fastrank.ops import _gram, _resident, _spectra
+from fastrank.ops._correction import correct, turn
+from fastrank.ops._entry import Entry
+from fastrank.reference import linalg as truth
+
+# Smaller matrices are decomposed anew in less time than a warm step takes.
+LEAST_ROWS = 96
+# After f failures in a row, 2^f − 1 steps pass before the next attempt, f at most this.
+MOST_FAILURES = 5
+# The basis is turned towards H's eigenvectors once the estimate reaches this share of the tolerance.
+TURN_AT = 0.25
+_FIELDS = tuple(field.name for field in fields(Entry))
+
+
+class SpectralState:
+    """Eigenbases that `nuclear_subgradient` and `project_energy` start from, one a place in the list of matrices.
+
+    Pass the same object with every call of a training loop. A matrix is decomposed anew when it is new or has another
+    shape than at its place before, every `refresh_every` calls, and when the estimated relative error (Frobenius norm)
+    of the warm result would exceed `tolerance` or its rank might differ from an exact decomposition's; where that
+    happens again and again, warm steps are tried less often. Matrices with fewer than 96 rows or columns are always
+    decomposed anew, which is faster there. On a GPU the estimate is read one call or more later (see `check_pending`):
+    a result beyond the tolerance has then been used, and the next one is exact.
+
+    `counts`: warm and exact results so far, and `fallback`, how many of the exact ones the error estimate asked for.
+    Raises ValueError or TypeError for a `refresh_every` below 1 or a `tolerance` that is not positive.
+    """
+
+    def __init__(self, *, refresh_every: int = 50, tolerance: float = 1e-4) -> None:
+        self.refresh_every = _checks.integer("refresh_every", refresh_every, 1)
+        self.tolerance = _checks.number("tolerance", tolerance, 0.0, open_low=True)
+        self.counts = {"warm": 0, "exact": 0, "fallback": 0}
+        self._entries: dict[int, Entry] = {}
+
+    def __repr__(self) -> str:
+        return f"SpectralState(refresh_every={self.refresh_every}, tolerance={self.tolerance}, {self.counts})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bases, as copies, and their ages: all that a resume needs to go on bit for bit."""
+        return {
+            str(place): {**vars(entry), "shape": list(entry.shape), "basis": entry.basis.clone()}
+            for place, entry in self._entries.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; the counts start anew. Raises ValueError or TypeError where an entry is none of its."""
+        entries = {}
+        for place, saved in state.items():
+            name = f"state[{place!r}]"
+            if not str(place).isdigit() or not isinstance(saved, Mapping) or set(saved) != set(_FIELDS):
+                raise _checks.fail(name, "an entry of SpectralState.state_dict()", saved)
+            rows, columns = saved["shape"]
+            n = min(rows, columns)
+            basis = _checks.tensor(f"{name}['basis']", saved["basis"], (1, n, n), "(1, n, n)").clone()
+            whole = (_checks.integer(f"{name}[{field!r}]", saved[field], 0) for field in _FIELDS[2:])
+            entries[int(place)] = Entry((rows, columns), basis, *whole)
+        self._entries = entries
+        self.counts = dict.fromkeys(self.counts, 0)
+
+
+def spectral(
+    matrices: list[Tensor], kind: str, energy: float | None, state: SpectralState, places: list[int]
+) -> tuple[list[Tensor], Tensor, list[int], Tensor | None]:
+    """As `_gram.spectral`, starting from `state` where it holds a basis for a matrix; `places` are its keys.
+
+    The last result is the status (N,) int32 of matrices on a GPU, to be read when it has arrived; else None.
+    """
+    out: dict[int, Tensor] = {}
+    device = matrices[0].device
+    ranks = torch.zeros(len(matrices), dtype=torch.int64, device=device)
+    status = torch.zeros(len(matrices), dtype=torch.int32, device=device) if device.type != "cpu" else None
+    cold = [i for i, matrix in enumerate(matrices) if min(matrix.shape) < LEAST_ROWS]
+    warm = [i for i in range(len(matrices)) if i not in set(cold)]
+    if status is not None:
+        held = [i for i in warm if usable(state, places[i], matrices[i])]
+        if held:
+            entries = [state._entries[places[i]] for i in held]
+            some = [matrices[i] for i in held]
+            found, k, flags = _resident.step(some, entries, kind, energy, state.tolerance)
+            at = torch.tensor(held).to(device, non_blocking=True)
+            out.update(zip(held, found, strict=True))
+            ranks[at], status[at] = k, flags
+            for entry in entries:
+                entry.age += 1
+            state.counts["warm"] += len(held)
+        warm = [i for i in warm if i not in set(held)]
+    for i in warm:
+        one = _one(places[i], matrices[i], kind, energy, state)
+        if one is None:
+            cold.append(i)
+        else:
+            out[i], ranks[i] = one
+    for i in cold:
+        state._entries.pop(places[i], None)
+    anew, ranks_anew, bad = _gram.spectral([matrices[i] for i in cold], kind, energy)
+    out.update(zip(cold, anew, strict=True))
+    for i, k in zip(cold, ranks_anew, strict=True):
+        ranks[i] = k
+    state.counts["exact"] += len(cold) - len(bad)
+    return [out[i] for i in range(len(matrices))], ranks, [cold[i] for i in bad], status
+
+
+def usable(state: SpectralState, place: int, matrix: Tensor) -> bool:
+    """Whether a warm step of `matrix` may be tried now."""
+    entry = state._entries.get(place)
+    return (
+        entry is not None
+        and entry.shape == tuple(matrix.shape)
+        and entry.basis.device == matrix.device
+        and entry.age < state.refresh_every
+        and entry.pause == 0
+    )
+
+
+def stale(state: SpectralState, place: int) -> None:
+    """What the host learns late of a step on a GPU: the basis at `place` has drifted too far."""
+    if place in state._entries:
+        state._entries[place].age = state.refresh_every
+        state.counts["fallback"] += 1
+
+
+def _one(
+    place: int, matrix: Tensor, kind: str, energy: float | None, state: SpectralState
+) -> tuple[Tensor, int] | None:
+    """The result of one matrix and its rank; None where it is not finite."""
+    a = _spectra.orient(matrix.detach()).to(_spectra.working(matrix.dtype))[None]
+    entry = state._entries.get(place)
+    if entry is not None and entry.shape != tuple(matrix.shape):
+        entry = None
+    failures, known = 0 if entry is None else entry.failures, None
+    if entry is not None and usable(state, place, matrix):
+        wide, basis = a.to(entry.basis.dtype), entry.basis
+        with truth.full_precision(a.device):
+            g = _spectra.gram(wide)
+            step = correct(g, basis, kind, energy, a.shape[2])
+            error = float(step.error)
+            if error <= state.tolerance:
+                result = _spectra.restore((basis @ step.function @ basis.mT @ wide)[0], matrix)
+                entry.age, entry.failures = entry.age + 1, 0
+                state.counts["warm"] += 1
+                if error > TURN_AT * state.tolerance:
+                    entry.basis = torch.linalg.qr(turn(basis, step))[0]
+                return result, int(step.ranks)
+        known = g if g.dtype == a.dtype else None
+        state.counts["fallback"] += 1
+        failures = min(failures + 1, MOST_FAILURES)
+    pause = entry.pause - 1 if entry is not None and entry.pause else (1 << failures) - 1
+    found = _gram.decompose(a, kind, energy, known)
+    if found is None:
+        return None
+    state.counts["exact"] += 1
+    state._entries[place] = Entry((matrix.shape[0], matrix.shape[1]), found.basis, 0, failures, pause)
+    return _spectra.restore(_gram.apply(found, kind)[0], matrix), int(found.ranks[0])
