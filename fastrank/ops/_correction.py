@@ -66,7 +66,8 @@ def correct(g: Tensor, basis: Tensor, kind: str, energy: float | None, longest: 
     else:
         f, change = kept.to(d.dtype), torch.zeros_like(off)
     across = kept[:, :, None] ^ kept[:, None]
-    turn = torch.where(across, off / (d[:, :, None] - d[:, None]), 0)
+    apart = d[:, :, None] - d[:, None]
+    turn = torch.where(across & (apart != 0), off / apart, 0)  # a tie across the cut has an infinite error below
     change = torch.where(across, turn * (f[:, :, None] - f[:, None]), change)
     change.diagonal(dim1=1, dim2=2).copy_(f)
     slip = (turn * off).abs().sum((1, 2), dtype=torch.float64) / 2

@@ -54,7 +54,8 @@ def batch(
     stale = ~(found.error <= tolerance)
     x = torch.where(finite[:, None, None], x, torch.nan)
     turned = torch.where(stale[:, None, None], basis, _orthonormal(_correction.turn(basis, found)))
-    return x, torch.where(finite, found.ranks, 0), (~finite) * NONFINITE + (finite & stale) * STALE, turned
+    status = ((~finite) * NONFINITE + (finite & stale) * STALE).to(torch.int32)
+    return x, torch.where(finite, found.ranks, 0), status, turned
 
 
 def _orthonormal(basis: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ LEAST_ROWS = 96
 MOST_FAILURES = 5
 # The basis is turned towards H's eigenvectors once the estimate reaches this share of the tolerance.
 TURN_AT = 0.25
+# Beyond it the error estimate, which is one of second order, says nothing.
+LARGEST_TOLERANCE = 0.01
 _FIELDS = tuple(field.name for field in fields(Entry))
 
 
@@ -40,12 +42,12 @@ class SpectralState:
     a result beyond the tolerance has then been used, and the next one is exact.
 
     `counts`: warm and exact results so far, and `fallback`, how many of the exact ones the error estimate asked for.
-    Raises ValueError or TypeError for a `refresh_every` below 1 or a `tolerance` that is not positive.
+    Raises ValueError or TypeError for a `refresh_every` below 1 or a `tolerance` outside (0, 0.01].
     """
 
     def __init__(self, *, refresh_every: int = 50, tolerance: float = 1e-4) -> None:
         self.refresh_every = _checks.integer("refresh_every", refresh_every, 1)
-        self.tolerance = _checks.number("tolerance", tolerance, 0.0, open_low=True)
+        self.tolerance = _checks.number("tolerance", tolerance, 0.0, LARGEST_TOLERANCE, open_low=True)
         self.counts = {"warm": 0, "exact": 0, "fallback": 0}
         self._entries: dict[int, Entry] = {}
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 from helpers import EPS, l2_relative, randn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -209,3 +209,44 @@ def test_any_integer_matrix(a, energy):
     assert float((p - w).square().sum()) == pytest.approx((sigma[k:] ** 2).sum(), abs=1e-10 * size**2)
     assert (sigma[:k] ** 2).sum() >= energy * (sigma**2).sum() * (1 - 1e-12)
     assert k == 1 or (sigma[: k - 1] ** 2).sum() <= energy * (sigma**2).sum() * (1 + 1e-12)
+
+
+LISTS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 40), st.sampled_from(("random", "rank 2", "repeated", "zero"))),
+    max_size=6,
+)
+
+
+@settings(max_examples=300)
+@given(LISTS, st.sampled_from([None, 0.3, 0.9, 0.999]), st.sampled_from(["reference", "gram"]), st.booleans())
+def test_any_list_of_shapes_comes_back_in_order(shapes, energy, backend, double):
+    dtype = torch.float64 if double and backend == "reference" else torch.float32
+    matrices = [matrix(kind, m, n, dtype) if m and n else torch.zeros(m, n, dtype=dtype) for m, n, kind in shapes]
+    eps = EPS[dtype]
+    subgradients = ops.nuclear_subgradient(matrices, energy=energy, backend=backend)
+    projected, ranks = ops.project_energy(matrices, energy or 1.0, backend=backend)
+    assert len(subgradients) == len(projected) == len(ranks) == len(matrices)
+    total = 0.0
+    for w, g, p, k in zip(matrices, subgradients, projected, ranks, strict=True):
+        assert g.shape == p.shape == w.shape
+        if not w.numel():
+            assert k == 0
+            continue
+        sigma = np.linalg.svd(w.double().numpy(), compute_uv=False)
+        total += sigma.sum()
+        r, top = min(w.shape), max(sigma[0], 1e-300)
+        assert float(torch.linalg.matrix_norm(g.double(), 2)) <= 1 + 30 * eps * r
+        gained = float((g.double() * w.double()).sum())
+        assert gained <= sigma.sum() * (1 + 30 * eps * r)
+        if energy is None:
+            assert gained >= sigma.sum() - top * eps * r * (max(w.shape) + 30)
+        kept = np.cumsum(sigma**2) / max(np.sum(sigma**2), 1e-300)
+        margin = np.abs(kept - (energy or 1.0)).min()
+        if energy is not None and margin > 100 * eps:  # off ties
+            wanted = int((kept < energy).sum()) + 1 if sigma[0] > 0 else 1
+            assert k == wanted
+            assert gained == pytest.approx(sigma[:k].sum(), abs=100 * eps * top * r)
+        assert float((p.double() - w.double()).norm()) == pytest.approx(
+            math.sqrt(np.sum(sigma[k:] ** 2)), abs=100 * eps * top * math.sqrt(r)
+        )
+    assert float(ops.nuclear_norm(matrices, backend=backend)) == pytest.approx(total, rel=100 * eps, abs=1e-30)
