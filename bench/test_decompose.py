@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,15 +75,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def compare(benchmark: Any, ours: Callable[[], Any], others: list[Contender], rounds: int = 7, **facts: Any) -> None:
     """Wall times in turns, in milliseconds; how many times as long the others took, by the medians."""
     calls = [Contender("fastrank", ours), *others]
-    times: dict[str, list[float]] = {each.name: [] for each in calls}
-    for each in calls:
-        each.call()
-    for _ in range(rounds):
-        for each in calls:
-            begin = time.perf_counter()
-            each.call()
-            times[each.name].append((time.perf_counter() - begin) / each.part * 1e6)
-    found = {name: timing.Quantiles.of(values) for name, values in times.items()}
+    times = timing.in_turns({each.name: each.call for each in calls}, rounds)
+    found = {each.name: timing.Quantiles.of([t / each.part for t in times[each.name]]) for each in calls}
     benchmark.extra_info.update(
         environment=timing.environment(),
         times={name: quantiles.as_dict() for name, quantiles in found.items()},

@@ -126,6 +126,32 @@ def eager_times(contenders: dict[str, Call], tensors: Sequence[Tensor], *, repea
     return {name: Quantiles.of(values) for name, values in times.items()}
 
 
+def in_turns(
+    calls: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
+    """Microseconds of each call, `rounds` times each, one after the other; `before` runs ahead of every round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        if before is not None:
+            before()
+        for name, call in calls.items():
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - begin) * 1e6)
+    return times
+
+
+def ratio(those: Sequence[float], these: Sequence[float]) -> float:
+    """How many times as long those took, round by round: the median."""
+    return statistics.median(a / b for a, b in zip(those, these, strict=True))
+
+
 def measure(benchmark: Any, call: Call, inputs: list[Tensor], **facts: Any) -> None:
     """pytest-benchmark's wall time of synchronised calls; on a GPU the cold and warm graph times beside it.
 

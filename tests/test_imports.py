@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"_checks", "nn"},
     "prune": {"_checks", "decompose", "models", "nn", "ops", "ranks", "reference"},
     "data": {"_checks"},
-    "regularize": {"_checks", "decompose", "nn", "ops", "ranks"},
+    "regularize": {"_checks", "decompose", "latency", "nn", "ops", "ranks"},
     "convert": {"_checks", "_stages", "complexity", "decompose", "nn", "plan", "ranks"},
     "train": {"_atomic", "_checks", "_files", "data", "regularize"},
     "io": {"_checks", "_files", "models", "nn", "plan"},

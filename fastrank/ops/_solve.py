@@ -16,6 +16,7 @@ from fastrank.ops._warm import SpectralState
 from fastrank.ops.polar import polar_factors
 
 Factors = tuple[Tensor, Tensor, Tensor]
+_Share = tuple[str, torch.device]
 OPS = {SUBGRADIENT: "nuclear_subgradient", PROJECTION: "project_energy"}
 
 
@@ -31,7 +32,7 @@ def spectral(
     out = list(matrices)
     device = matrices[0].device if matrices else torch.device("cpu")
     ranks = torch.zeros(len(matrices), dtype=torch.int64, device=device)
-    for chosen, places in _shares(OPS[kind], matrices, backend, warm=state is not None).items():
+    for (chosen, _), places in _shares(OPS[kind], matrices, backend, warm=state is not None).items():
         own = [matrices[place] for place in places]
         if chosen in ("cuda", "host"):
             found, k, status = _linalg_kernels.spectral(own, kind, energy, chosen)
@@ -56,7 +57,7 @@ def spectral(
 def norms(matrices: list[Tensor], backend: str, on_nonfinite: str) -> list[Tensor]:
     """‖·‖_* of each matrix, 0-d tensors; 0 for one that is skipped."""
     out: dict[int, Tensor] = {}
-    for chosen, places in _shares("nuclear_norm", matrices, backend).items():
+    for (chosen, _), places in _shares("nuclear_norm", matrices, backend).items():
         own = [matrices[place] for place in places]
         if chosen == "reference":
             bad = _refuse([place for place in places if not matrices[place].isfinite().all()], matrices, on_nonfinite)
@@ -79,7 +80,7 @@ def norms(matrices: list[Tensor], backend: str, on_nonfinite: str) -> list[Tenso
 def svd(matrices: list[Tensor], backend: str) -> list[Factors]:
     """Thin SVDs of all matrices."""
     out: dict[int, Factors] = {}
-    for chosen, places in _shares("svd", matrices, backend).items():
+    for (chosen, _), places in _shares("svd", matrices, backend).items():
         own = [matrices[place].detach() for place in places]
         if chosen == "reference":
             for place, matrix in zip(places, own, strict=True):
@@ -109,18 +110,18 @@ def polar(matrices: list[Tensor], tolerance: float | None, backend: str, on_nonf
     return _settle(found, matrices, status, list(range(len(matrices))), SUBGRADIENT, None, on_nonfinite)
 
 
-def _shares(op: str, matrices: Sequence[Tensor], backend: str, *, warm: bool = False) -> dict[str, list[int]]:
-    """The places of the matrices that each backend serves."""
-    shares: dict[str, list[int]] = {}
-    chosen: dict[tuple[str, torch.dtype], str] = {}
+def _shares(op: str, matrices: Sequence[Tensor], backend: str, *, warm: bool = False) -> dict[_Share, list[int]]:
+    """The places of the matrices that each backend serves on each device."""
+    shares: dict[_Share, list[int]] = {}
+    chosen: dict[tuple[torch.device, torch.dtype], str] = {}
     for place, matrix in enumerate(matrices):
-        key = matrix.device.type, matrix.dtype
+        key = matrix.device, matrix.dtype
         if key not in chosen:
             facts = _backends.facts(op, matrix)
             chosen[key] = _backends.choose(facts, backend)
             if warm and backend == "auto" and _backends.explain(facts)["gram"]:
                 chosen[key] = "gram"  # where warm starts live
-        shares.setdefault(chosen[key], []).append(place)
+        shares.setdefault((chosen[key], matrix.device), []).append(place)
     return shares
 
 

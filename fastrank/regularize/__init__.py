@@ -3,6 +3,7 @@
 from fastrank.regularize.base import Attachment, Regularizer
 from fastrank.regularize.funnel import Funnel
 from fastrank.regularize.nuclear import GramTrace, NuclearNorm
+from fastrank.regularize.overhead import Overhead, overhead
 from fastrank.regularize.projection import LowRankProjection
 from fastrank.regularize.schedules import Constant, Exponential, Linear, Schedule
 
@@ -15,6 +16,8 @@ __all__ = [
     "Linear",
     "LowRankProjection",
     "NuclearNorm",
+    "Overhead",
     "Regularizer",
     "Schedule",
+    "overhead",
 ]

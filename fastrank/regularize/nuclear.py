@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastrank import _checks, ops
-from fastrank.decompose.unfold import ALL_MATRICIZATIONS, fold_all, unfold_all
-from fastrank.nn._conv import why_not_factorable
+from fastrank.decompose.unfold import ALL_MATRICIZATIONS, fold_all
+from fastrank.ops import SpectralState
+from fastrank.regularize import _kernels
+from fastrank.regularize._kernels import laid_out_as, shape_of, spatial_kernels
+from fastrank.regularize._spectral import SpectralRegularizer
 from fastrank.regularize.base import Regularizer, add_gradient, trained
 
+__all__ = ["GramTrace", "NuclearNorm", "spatial_kernels"]
 
-def spatial_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable kernels that rank regularisers act on: plain convolutions larger than 1×1, by layer name.
-
-    Raises ValueError where there is none.
-    """
-    if not isinstance(model, nn.Module):
-        raise _checks.fail_type("model", "a torch.nn.Module", model)
-    kernels = {
-        name: cast(nn.Parameter, module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and not why_not_factorable(module)
-        and module.weight.shape[2] * module.weight.shape[3] > 1
-        and module.weight.requires_grad
-    }
-    if not kernels:
-        raise _checks.fail("model", "a model with a trainable convolution larger than 1×1", type(model).__name__)
-    return kernels
+METHODS = ("exact", "polar")
 
 
-def shape_of(kernel: Tensor) -> tuple[int, int, int, int]:
-    """(O, I, kh, kw)."""
-    out_channels, in_channels, kh, kw = kernel.shape
-    return out_channels, in_channels, kh, kw
-
-
-@contextmanager
-def named(kernels: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Where an operator refuses a matrix of these kernels, say which layer it came from."""
-    try:
-        yield
-    except ValueError:
-        for name, kernel in kernels.items():
-            _checks.finite(f"the kernel of layer {name!r}", kernel.detach())
-        raise
-
-
-class NuclearNorm(Regularizer):
+class NuclearNorm(SpectralRegularizer):
     """weight · Σ over the kernels larger than 1×1 of `model`, and over their matrices, of ‖·‖_*.
 
     The sub-gradient is U_k V_kᵀ folded back, k by the energy rule of each matrix (`energy` in (0, 1]; None: the
     numerical rank). matricization: one or more of "mode3", "mode4", "channel", "spatial", "decoupled" (the last gives
     one matrix a filter); see `fastrank.decompose.unfold`.
+
+    method: "exact", by decompositions, or "polar", by matrix products alone, which needs no `energy` and has errors in
+    small singular values. warm, for "exact": start from the last step's decompositions, exact to `tolerance` (relative,
+    Frobenius norm) and with the same k; anew every `refresh_every` steps. on_nonfinite: "raise" names the layer of a
+    kernel with NaN or infinite values, "skip" gives it no gradient, counts it in `skipped` and warns once.
+    share: where torch.distributed is initialised, the ranks of `process_group` (None: all) decompose a share of the
+    matrices each and exchange the results; `value` is computed by each rank for itself.
     Source: TRP (one matricization, energy rule); NRMF's nuclear form (mode3 and mode4).
     """
 
@@ -68,6 +44,13 @@ class NuclearNorm(Regularizer):
         *,
         energy: float | None = None,
         matricization: Sequence[str] | str = ("mode3", "mode4"),
+        method: str = "exact",
+        warm: bool = True,
+        refresh_every: int = 50,
+        tolerance: float = 1e-4,
+        on_nonfinite: str = "raise",
+        share: bool = True,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.weight = _checks.number("weight", weight, 0.0)
         self.energy = None if energy is None else _checks.number("energy", energy, 0.0, 1.0, open_low=True)
@@ -75,32 +58,51 @@ class NuclearNorm(Regularizer):
         self.matricization = tuple(_checks.choice("matricization", name, ALL_MATRICIZATIONS) for name in names)
         if not names:
             raise _checks.fail("matricization", f"at least one of {list(ALL_MATRICIZATIONS)}", "none")
-        self.kernels = spatial_kernels(model)
-
-    def governed(self) -> Mapping[str, nn.Parameter]:
-        """The kernels, by layer name."""
-        return self.kernels
-
-    def _matrices(self) -> list[list[Tensor]]:
-        kernels = trained(self.kernels).values()
-        return [unfold_all(kernel.detach(), name) for kernel in kernels for name in self.matricization]
+        self._method = _checks.choice("method", method, METHODS)
+        if method == "polar" and energy is not None:
+            raise _checks.fail("method", "'exact' where energy cuts the spectrum", repr(method))
+        super().__init__(
+            _kernels.spatial_layers(model),
+            self.matricization,
+            warm=warm,
+            refresh_every=refresh_every,
+            tolerance=tolerance,
+            on_nonfinite=on_nonfinite,
+            share=share,
+            process_group=process_group,
+        )
+        if method == "polar":
+            self._state = None  # products of the whole matrix have nothing to start from
 
     def add_gradients(self) -> None:
         """Add weight · Σ fold(U_k V_kᵀ) to every kernel's gradient."""
         if self.weight == 0:
             return
-        groups = self._matrices()
-        with named(self.kernels):
-            found = iter(ops.nuclear_subgradient([matrix for group in groups for matrix in group], energy=self.energy))
-        subgradients = iter([[next(found) for _ in group] for group in groups])
-        for kernel in trained(self.kernels).values():
-            for name in self.matricization:
-                add_gradient(kernel, fold_all(next(subgradients), name, shape_of(kernel)), self.weight)
+        for kernel in self._solve(self._subgradients, self.energy, self._method):
+            for name, matrices in zip(self.matricization, kernel.results, strict=True):
+                gradient = fold_all(matrices, name, shape_of(kernel.value))
+                add_gradient(kernel.parameter, laid_out_as(kernel.name, kernel.parameter, gradient), self.weight)
+
+    def _subgradients(self, matrices: list[Tensor], state: SpectralState | None) -> tuple[list[Tensor], None]:
+        tolerance = self._tolerance if self._method == "polar" else None
+        found = ops.nuclear_subgradient(
+            matrices,
+            energy=self.energy,
+            state=state,
+            method=self._method,
+            tolerance=tolerance,
+            on_nonfinite=self._on_nonfinite,
+        )
+        return found, None
 
     def value(self) -> Tensor:
-        """weight · Σ‖·‖_*."""
-        with named(self.kernels):
-            return self.weight * ops.nuclear_norm([matrix for group in self._matrices() for matrix in group])
+        """weight · Σ‖·‖_* of the kernels to be trained that are finite; raises where others are not to be skipped."""
+        values = self._values()
+        if values and self._on_nonfinite == "skip":
+            values = self._zeroed(values, _kernels.finite(list(values.values())))
+        matrices = [matrix for group in self._matrices(values) for part in group for matrix in part]
+        with _kernels.named(values):
+            return self.weight * ops.nuclear_norm(matrices, on_nonfinite=self._on_nonfinite)
 
 
 class GramTrace(Regularizer):
@@ -112,7 +114,12 @@ class GramTrace(Regularizer):
 
     def __init__(self, model: nn.Module, weight: float) -> None:
         self.weight = _checks.number("weight", weight, 0.0)
-        self.kernels = spatial_kernels(model)
+        self._kernels = _kernels.Kernels(_kernels.spatial_layers(model))
+
+    @property
+    def kernels(self) -> dict[str, nn.Parameter]:
+        """The kernels that it governs at this moment, by layer name."""
+        return self._kernels.current()
 
     def governed(self) -> Mapping[str, nn.Parameter]:
         """The kernels, by layer name."""
@@ -127,7 +134,5 @@ class GramTrace(Regularizer):
 
     def value(self) -> Tensor:
         """weight · Σ‖W‖_F²."""
-        return (
-            self.weight
-            * torch.stack([kernel.detach().float().square().sum() for kernel in self.kernels.values()]).sum()
-        )
+        values = [_kernels.whole(name, kernel) for name, kernel in self.kernels.items()]
+        return self.weight * torch.stack([value.float().square().sum() for value in values]).sum()
