@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= pinned
 OUT ?= runs/gpu
 ONLY ?=
+FAMILIES ?=
 
 ifeq ($(TORCH),latest)
 VENV ?= .venv-latest
@@ -23,7 +24,7 @@ NATIVE = $(wildcard csrc/*.cpp csrc/*/*)
 help:
 	@echo "make demo            train, compress and fine-tune a CNN on real digits; results in runs/demo"
 	@echo "make test            install, build, lint, type-check and run the whole suite (TORCH=latest for the newest torch)"
-	@echo "make gpu OUT=DIR     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks (ONLY=build,tests,...)"
+	@echo "make gpu OUT=DIR     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks (ONLY=build,tests,... FAMILIES=linalg,...)"
 	@echo "make bench           pytest-benchmark comparisons on this machine"
 	@echo "make report          registers, spills, shared memory of every kernel; no GPU needed"
 	@echo "make tables          write the generated tables of README.md anew"
@@ -44,7 +45,7 @@ suite: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=8
 
 gpu:
-	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(ONLY),--only $(ONLY))
+	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(FAMILIES),--families $(FAMILIES))
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only -q

@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one run: build, tests, sanitizers, benchmarks.
 
-    python bench/gpu.py --out DIR [--only build,tests,sanitizer,bench]
+    python bench/gpu.py --out DIR [--only build,tests,sanitizer,bench] [--families gates,linalg,polar,tucker2]
 
 Needs an NVIDIA GPU, torch and nvcc, and no network. Leaves in DIR: summary.json (what ran, how long, what failed),
 environment.json (machine, clocks as found, versions), a log a step, tests.xml and a bench_FAMILY.json each.
@@ -10,12 +10,14 @@ Exit code 0 when every step passed, 1 when one failed, 2 when this machine canno
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,7 @@ BUDGET_S = 530.0
 STEPS = ("build", "tests", "sanitizer", "bench")
 # Most seconds a step may take; what an earlier step leaves is not passed on, so that the total stays in the budget.
 LIMITS_S = {"build": 170.0, "tests": 150.0, "sanitizer": 110.0, "bench": 220.0}
+CPU_ONLY = ("decompose",)  # benchmarks of the host
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -41,9 +44,13 @@ class Result:
 class Runner:
     """Runs commands with a deadline and keeps their logs in the output folder."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, families: Sequence[str] = ()) -> None:
+        self.out, self.families = out, families
         self.deadline = time.monotonic() + BUDGET_S
+
+    def asked(self, family: str) -> bool:
+        """Whether benchmarks and sanitizer runs of a family are wanted: all where none was named."""
+        return not self.families or family in self.families
 
     def run(self, name: str, command: list[str], limit_s: float, **environment: str) -> tuple[bool, str]:
         """(whether it passed, why not)"""
@@ -112,12 +119,15 @@ class Runner:
             return Result("sanitizer", "skipped", 0.0, "compute-sanitizer was not found on PATH or in CUDA_HOME")
         end = time.monotonic() + LIMITS_S["sanitizer"]
         failures = []
-        for tool in TOOLS:
-            command = [found, "--tool", tool, "--error-exitcode", "1", sys.executable, "bench/gates_workload.py"]
+        for workload, tool in itertools.product(sorted((ROOT / "bench").glob("*_workload.py")), TOOLS):
+            family = workload.stem.removesuffix("_workload")
+            if not self.asked(family):
+                continue
+            command = [found, "--tool", tool, "--error-exitcode", "1", sys.executable, str(workload)]
             ok, reason = self.run(
-                f"sanitizer_{tool}", command, end - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+                f"sanitizer_{family}_{tool}", command, end - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
             )
-            failures += [] if ok else [f"{tool}: {reason}"]
+            failures += [] if ok else [f"{family}, {tool}: {reason}"]
         return Result("sanitizer", "failed" if failures else "passed", 0.0, "; ".join(failures))
 
     def bench(self) -> Result:
@@ -128,6 +138,8 @@ class Runner:
         failures = []
         for path in sorted((ROOT / "bench").glob("test_*.py")):
             family = path.stem.removeprefix("test_")
+            if family in CPU_ONLY or not self.asked(family):
+                continue
             options = [
                 "-q",
                 "-p",
@@ -165,6 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
+    parser.add_argument("--families", default="", help="only their benchmarks and sanitizer runs: gates,linalg,...")
     options = parser.parse_args()
     steps = [step for step in STEPS if step in (options.only or ",".join(STEPS)).split(",")]
     unknown = set((options.only or STEPS[0]).split(",")) - set(STEPS)
@@ -180,7 +193,7 @@ def main() -> int:
     import timing
 
     write(out / "environment.json", timing.environment())
-    runner, results = Runner(out), []
+    runner, results = Runner(out, [name for name in options.families.split(",") if name]), []
     for step in steps:
         begin = time.monotonic()
         result: Result = getattr(runner, step)()

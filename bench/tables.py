@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polar_accuracy
 from studies import pages
 
 from fastrank import recipe, report
-from fastrank._backends import BACKENDS
+from fastrank._backends import AUTO, BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -95,7 +96,9 @@ def status_table() -> str:
         kernels = [name for name in backends if name in NATIVE]
         library = [name for name in backends if name not in (*NATIVE, "host")]
         timed = "no kernel yet" if not kernels else "see bench/results" if op in measured else "not yet measured"
-        rows.append([f"`{op}`", ", ".join(library), ", ".join(kernels) or "none", backends[0], timed])
+        on_cpu, elsewhere = AUTO.get((op, "cpu"), backends[0]), AUTO.get((op, "cuda"), backends[0])
+        chosen = elsewhere if on_cpu == elsewhere else f"{on_cpu} on a CPU, {elsewhere} on a GPU"
+        rows.append([f"`{op}`", ", ".join(library), ", ".join(kernels) or "none", chosen, timed])
     return markdown(["operator", "plain PyTorch", "kernels", "`auto` takes", "kernels timed on a GPU"], rows)
 
 
@@ -118,6 +121,7 @@ def recipes_table() -> str:
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_table, "status": status_table},
     "docs/recipes.md": {"recipes": recipes_table},
+    "docs/kernels/polar.md": {"accuracy": lambda: polar_accuracy.table(result("polar-accuracy.json")["rows"])},
     "docs/accuracy.md": {
         name: lambda make=make: make(result("accuracy-cpu.json")) for name, make in pages.TABLES.items()
     },

@@ -114,8 +114,9 @@ def contenders(energy: float | None) -> tuple[dict[str, Solve], ops.SpectralStat
     state = ops.SpectralState()
     found: dict[str, Solve] = {"svd loop": svd_loop(energy)}
     if DEVICE == "cuda":
-        found |= {f"svd loop, {driver}": svd_loop(energy, driver=driver) for driver in ("gesvd", "gesvdj")}
-        found["svd loop, gesvda, tall"] = svd_loop(energy, tall=True, driver="gesvda")
+        if energy is None:  # the drivers do not know of it: once is enough
+            found |= {f"svd loop, {driver}": svd_loop(energy, driver=driver) for driver in ("gesvd", "gesvdj")}
+            found["svd loop, gesvda, tall"] = svd_loop(energy, tall=True, driver="gesvda")
         found["Gram, batched eigh"] = batched_eigh(energy)
     else:
         found["svd loop, tall"] = svd_loop(energy, tall=True)
@@ -149,9 +150,16 @@ def worst(found: list[Tensor], wanted: list[Tensor]) -> tuple[float, int]:
     return max(float((x - y).norm() / y.norm()) for x, y in pairs), ranks
 
 
-@pytest.mark.parametrize("energy", [None, 0.9])
-@pytest.mark.parametrize("spectrum", ["flat", "decaying"])
-@pytest.mark.parametrize("network", NETWORKS)
+CASES = [
+    (network, spectrum, energy)
+    for network in NETWORKS
+    for spectrum in ("flat", "decaying")
+    for energy in (None, 0.9)
+    if DEVICE == "cpu" or network == "ResNet-50 channel" or (network, spectrum) == ("ResNet-18 mode3+mode4", "flat")
+]
+
+
+@pytest.mark.parametrize(("network", "spectrum", "energy"), CASES)
 @pytest.mark.benchmark(group="nuclear_subgradient")
 def test_subgradient(benchmark: Any, network: str, spectrum: str, energy: float | None) -> None:
     weights = matrices(network, spectrum)
@@ -170,7 +178,8 @@ def test_subgradient(benchmark: Any, network: str, spectrum: str, energy: float 
         error, ranks = errors[name]
         assert ranks == 0, f"{name} finds another rank for {ranks} matrices"
         assert error <= 1e-4 if name != "warm" else error <= 2e-4, f"{name} is off by {error:.1e}"
-    rounds = 5 if DEVICE == "cpu" else 10
+    # On a GPU loops over SVDs take seconds, and nothing else runs there: a few rounds are enough.
+    rounds = 5 if DEVICE == "cpu" else 3
     times = timing.in_turns({name: lambda c=call: c(weights) for name, call in calls.items()}, rounds, move)
     graphs: dict[str, Any] = {}
     if DEVICE == "cuda":

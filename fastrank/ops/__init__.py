@@ -6,6 +6,7 @@ from fastrank.ops._warm import SpectralState
 from fastrank.ops.cp import cp_conv2d
 from fastrank.ops.gates import funnel_penalty, gated_factor
 from fastrank.ops.linalg import nuclear_norm, nuclear_subgradient, project_energy, svd
+from fastrank.ops.polar import polar_factors
 from fastrank.ops.tucker2 import tucker2_conv2d
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "gated_factor",
     "nuclear_norm",
     "nuclear_subgradient",
+    "polar_factors",
     "project_energy",
     "spectral_counts",
     "svd",
