@@ -36,6 +36,18 @@ DYNAMIC_SHARED = {
     "funnel_partials_kernel": 32,
     "funnel_finish_kernel": 32,
     "funnel_backward_kernel": 0,
+    "measure_kernel": 0,
+    "stage_kernel": 16640,
+    "gram_kernel": 17408,
+    "assemble_kernel": 17664,
+    "solve_kernel": 34304,
+    "update_kernel": 34816,
+    "order_kernel": 2056,
+    "rotate_kernel": 17408,
+    "settle_kernel": 0,
+    "finish_kernel": 2056,
+    "result_kernel": 17408,
+    "factors_kernel": 0,
 }
 
 

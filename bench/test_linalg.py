@@ -124,7 +124,15 @@ def contenders(energy: float | None) -> tuple[dict[str, Solve], ops.SpectralStat
     for backend in ("gram", "cuda"):
         if _backends.explain(facts)[backend]:
             found[backend] = lambda w, b=backend: ops.nuclear_subgradient(w, energy=energy, backend=b)
-    found["warm"] = lambda w: ops.nuclear_subgradient(w, energy=energy, state=state)
+    room: list[Tensor] = []
+
+    def warm(weights: list[Tensor]) -> list[Tensor]:
+        """As the regularisers call it: with a state, and into memory that is there already."""
+        if not room:
+            room.extend(torch.empty_like(w) for w in weights)
+        return ops.nuclear_subgradient(weights, energy=energy, state=state, out=room)
+
+    found["warm"] = warm
     if energy is None:
         # The host's reference of the polar method is no contender on a GPU.
         polar = "triton" if DEVICE == "cuda" else "reference"

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "gates/gates.cu"
+#include "linalg/linalg.cu"
+#include "linalg/linalg_bindings.h"
 
 namespace py = pybind11;
 
@@ -97,4 +99,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("funnel_chunks", &fastrank::gates::funnel_chunks);
   m.def("funnel_penalty", &fastrank::funnel_penalty);
   m.def("funnel_penalty_backward", &fastrank::funnel_penalty_backward);
+  fastrank::linalg::bind(m);
 }

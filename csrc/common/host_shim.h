@@ -210,6 +210,25 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
                                  (fastrank::host::block().current % fastrank::host::kWarp) ^ lane_mask);
 }
 
+// One block runs after the other and one thread at a time: an update of memory needs no lock here.
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  if (value > before) *address = value;
+  return before;
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   const int lane = fastrank::host::block().current % fastrank::host::kWarp;

@@ -83,7 +83,8 @@ def _full(off: Tensor, d: Tensor) -> Step:
     root = d.sqrt()
     f = root.reciprocal()
     relative = (off * f[:, :, None]).mul_(f[:, None])
-    change = relative / (root[:, :, None] + root[:, None]).neg_()
+    change = -root[:, :, None] - root[:, None]
+    torch.div(relative, change, out=change)
     change.diagonal(dim1=1, dim2=2).copy_(f)
     k = torch.full((len(d),), d.shape[1])
     error = torch.where(d.amax(1) < _gram.LARGEST, FULL * _second_order(relative, k), torch.inf)
@@ -95,7 +96,7 @@ def _second_order(relative: Tensor, k: Tensor) -> Tensor:
     rows = torch.linalg.vecdot(relative, relative)
     whole = rows.sum(1).sqrt()
     vector = rows.sqrt()[:, :, None] * _signs(rows.shape[1], rows)
-    for _ in range(3):
+    for _ in range(3):  # scaled down by nothing: four powers of N are far from float32's ends
         vector = relative @ vector
     largest = (relative @ vector).norm(dim=(1, 2)) / vector.norm(dim=(1, 2)).clamp(min=torch.finfo(rows.dtype).tiny)
     error: Tensor = torch.minimum(1.5 * largest, whole) * whole / k.clamp(min=1).sqrt()

@@ -38,13 +38,17 @@ class Decomposition(NamedTuple):
     ranks: Tensor
 
 
-def spectral(matrices: Sequence[Tensor], kind: str, energy: float | None) -> tuple[list[Tensor], Tensor, list[int]]:
+def spectral(
+    matrices: Sequence[Tensor], kind: str, energy: float | None, targets: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], Tensor, list[int]]:
     """Sub-gradients or projections, the ranks (N,) int64, and the places of matrices that are not finite.
 
-    What is returned for those is NaN, and for empty matrices empty, with rank 0.
+    What is returned for those is NaN, and for empty matrices empty, with rank 0. targets: tensors to write results to.
     """
-    out: dict[int, Tensor] = {}
+    out = list(targets) if targets is not None else list(matrices)
     ranks, bad = torch.zeros(len(matrices), dtype=torch.int64), []
+    for place in (place for place, matrix in enumerate(matrices) if not matrix.numel()):
+        out[place] = torch.zeros_like(matrices[place])
     for places, a in _spectra.groups(matrices):
         found = decompose(a, kind, energy)
         if found is None:
@@ -52,12 +56,14 @@ def spectral(matrices: Sequence[Tensor], kind: str, energy: float | None) -> tup
             bad += [places[i] for i in broken]
             found = decompose(a.index_fill(0, torch.tensor(broken), 0.0), kind, energy)
             assert found is not None
-        for place, x, k in zip(places, apply(found, kind), found.ranks, strict=True):
-            out[place], ranks[place] = _spectra.restore(x, matrices[place]), k
+        factors = zip(*factorised(found, kind), strict=True)
+        for place, (left, right), k in zip(places, factors, found.ranks, strict=True):
+            target = targets[place] if targets is not None else None
+            out[place], ranks[place] = _spectra.write(left, right, matrices[place], target), k
     for place in bad:
         out[place].fill_(torch.nan)
         ranks[place] = 0
-    return [out[i] if i in out else torch.zeros_like(matrices[i]) for i in range(len(matrices))], ranks, bad
+    return out, ranks, bad
 
 
 def decompose(a: Tensor, kind: str, energy: float | None, g: Tensor | None = None) -> Decomposition | None:
@@ -86,19 +92,17 @@ def decompose(a: Tensor, kind: str, energy: float | None, g: Tensor | None = Non
     return Decomposition(a, values, basis, _spectra.kept_rank(values, kind, energy, longest, EPS))
 
 
-def apply(found: Decomposition, kind: str) -> Tensor:
-    """U_k f(Λ_k) U_kᵀ A (B, n, m)."""
+def factorised(found: Decomposition, kind: str) -> tuple[Tensor, Tensor]:
+    """Two factors (B, n, r) and (B, r, m) of U_k f(Λ_k) U_kᵀ A, whichever way is less work."""
     a, values, basis, k = found
     n, most = a.shape[1], int(k.max())
-    if most == 0:
-        return torch.zeros_like(a)
     u, f = basis[:, :, :most], _spectra.weights(values, k, kind)[:, :most]
     with truth.full_precision(a.device):
         if kind == PROJECTION:  # of norm 1: nothing is left for float64 to save
             a, u, f = a.float(), u.float(), f.float()
         if 2 * most < n:
-            return (u * f[:, None]) @ (u.mT @ a)
-        return ((u * f[:, None]) @ u.mT) @ a
+            return u * f[:, None], u.mT @ a
+        return (u * f[:, None]) @ u.mT, a
 
 
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,21 +21,18 @@ def step(
     matrices: list[Tensor], entries: list[Entry], kind: str, energy: float | None, tolerance: float
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Results, ranks (N,) int64 and status (N,) int32 of matrices that all have an entry; their bases are turned."""
-    device = matrices[0].device
     out: list[Tensor] = list(matrices)
-    ranks = torch.zeros(len(matrices), dtype=torch.int64, device=device)
-    status = torch.zeros(len(matrices), dtype=torch.int32, device=device)
+    ranks, status = list(matrices), list(matrices)
     for dtype in {entry.basis.dtype for entry in entries}:
         own = [i for i, entry in enumerate(entries) if entry.basis.dtype == dtype]
         for members, a in _spectra.groups([matrices[i] for i in own], stack=True):
             places = [own[i] for i in members]
             basis = torch.cat([entries[i].basis for i in places])
             found, k, flags, basis = batch(a.to(dtype), basis, kind, energy, tolerance)
-            at = torch.tensor(places).to(device, non_blocking=True)
-            ranks[at], status[at] = k, flags
-            for i, x, q in zip(places, found, basis.chunk(len(basis)), strict=True):
+            for i, x, q, *rest in zip(places, found, basis.chunk(len(basis)), k, flags, strict=True):
                 out[i], entries[i].basis = _spectra.restore(x, matrices[i]), q
-    return out, ranks, status
+                ranks[i], status[i] = rest
+    return out, torch.stack(ranks), torch.stack(status)
 
 
 def batch(

@@ -27,21 +27,23 @@ def spectral(
     backend: str,
     on_nonfinite: str,
     state: SpectralState | None = None,
+    targets: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Sub-gradients or projections of all matrices, and their ranks, (N,) int64 on the first matrix's device."""
     out = list(matrices)
     device = matrices[0].device if matrices else torch.device("cpu")
-    ranks = torch.zeros(len(matrices), dtype=torch.int64, device=device)
+    ranks = [torch.zeros((), dtype=torch.int64, device=device)] * len(matrices)
     for (chosen, _), places in _shares(OPS[kind], matrices, backend, warm=state is not None).items():
         own = [matrices[place] for place in places]
+        into = None if targets is None else [targets[place] for place in places]
         if chosen in ("cuda", "host"):
             found, k, status = _linalg_kernels.spectral(own, kind, energy, chosen)
             found = _settle(found, own, status, places, kind, energy, on_nonfinite)
         elif chosen == "gram":
             if state is None:
-                found, k, bad = _gram.spectral(own, kind, energy)
+                found, k, bad = _gram.spectral(own, kind, energy, into)
             else:
-                found, k, bad, late = _warm.spectral(own, kind, energy, state, places)
+                found, k, bad, late = _warm.spectral(own, kind, energy, state, places, into)
                 if late is not None:
                     found = _settle(found, own, late, places, kind, energy, on_nonfinite, state)
             for i in _refuse([places[i] for i in bad], matrices, on_nonfinite):
@@ -49,9 +51,11 @@ def spectral(
         else:
             found, k = _by_reference(own, places, kind, energy, on_nonfinite)
         for i, place in enumerate(places):
-            out[place] = found[i]
-        ranks[torch.tensor(places, device=device)] = k.to(device)
-    return out, ranks
+            out[place], ranks[place] = found[i], k[i].to(device)
+            if into is not None and found[i] is not into[i]:
+                out[place] = into[i].copy_(found[i])
+    # Stacked, not written by index: a list of places would have to be copied to the device.
+    return out, torch.stack(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
 
 
 def norms(matrices: list[Tensor], backend: str, on_nonfinite: str) -> list[Tensor]:

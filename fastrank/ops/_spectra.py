@@ -53,7 +53,7 @@ def groups(matrices: Sequence[Tensor], *, stack: bool = False) -> list[Group]:
 
 
 def gram(a: Tensor) -> Tensor:
-    """A Aᵀ (B, n, n) of A (B, n, m); of a large single matrix the blocks below the diagonal are mirrored."""
+    """A Aᵀ (B, n, n) of A (B, n, m); of a large single matrix the blocks above the diagonal are mirrored."""
     count, n, _ = a.shape
     if count > 1 or n < 256 or a.device.type != "cpu":
         return a @ a.mT
@@ -61,8 +61,8 @@ def gram(a: Tensor) -> Tensor:
     step = -(-n // 256) * 64  # four stripes: 5/8 of the products, each still wide enough for the library
     for top in range(0, n, step):
         bottom = min(top + step, n)
-        torch.mm(a[0, top:bottom], a[0, top:].mT, out=out[0, top:bottom, top:])
-        out[0, bottom:, top:bottom] = out[0, top:bottom, bottom:].mT
+        torch.mm(a[0, top:], a[0, top:bottom].mT, out=out[0, top:, top:bottom])
+        out[0, top:bottom, bottom:] = out[0, bottom:, top:bottom].mT
     return out
 
 
@@ -92,6 +92,23 @@ def weights(values: Tensor, k: Tensor, kind: str) -> Tensor:
     if kind == PROJECTION:
         return kept.to(values.dtype)
     return torch.where(kept, values, torch.inf).rsqrt()
+
+
+def write(left: Tensor, right: Tensor, matrix: Tensor, target: Tensor | None) -> Tensor:
+    """left (n, r) @ right (r, m) of the oriented matrix as a result of `matrix`, in `target` or in new memory.
+
+    A result that the caller keeps lies in memory that the process sees for the first time: where that can be had again,
+    a large product takes two thirds of the time.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        left, right = right.mT, left.mT
+    if target is None:
+        target = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    if target.dtype == left.dtype and target.is_contiguous():
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(left @ right)
+    return target
 
 
 def restore(result: Tensor, matrix: Tensor) -> Tensor:

@@ -78,7 +78,12 @@ class SpectralState:
 
 
 def spectral(
-    matrices: list[Tensor], kind: str, energy: float | None, state: SpectralState, places: list[int]
+    matrices: list[Tensor],
+    kind: str,
+    energy: float | None,
+    state: SpectralState,
+    places: list[int],
+    targets: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, list[int], Tensor | None]:
     """As `_gram.spectral`, starting from `state` where it holds a basis for a matrix; `places` are its keys.
 
@@ -86,37 +91,33 @@ def spectral(
     """
     out: dict[int, Tensor] = {}
     device = matrices[0].device
-    ranks = torch.zeros(len(matrices), dtype=torch.int64, device=device)
-    status = torch.zeros(len(matrices), dtype=torch.int32, device=device) if device.type != "cpu" else None
+    none = torch.zeros((), dtype=torch.int64, device=device)
+    ranks, status = [none] * len(matrices), [none.to(torch.int32)] * len(matrices)
     cold = [i for i, matrix in enumerate(matrices) if min(matrix.shape) < LEAST_ROWS]
     warm = [i for i in range(len(matrices)) if i not in set(cold)]
-    if status is not None:
-        held = [i for i in warm if usable(state, places[i], matrices[i])]
-        if held:
-            entries = [state._entries[places[i]] for i in held]
-            some = [matrices[i] for i in held]
-            found, k, flags = _resident.step(some, entries, kind, energy, state.tolerance)
-            at = torch.tensor(held).to(device, non_blocking=True)
-            out.update(zip(held, found, strict=True))
-            ranks[at], status[at] = k, flags
-            for entry in entries:
-                entry.age += 1
-            state.counts["warm"] += len(held)
-        warm = [i for i in warm if i not in set(held)]
-    for i in warm:
-        one = _one(places[i], matrices[i], kind, energy, state)
+    held = [i for i in warm if usable(state, places[i], matrices[i])] if device.type != "cpu" else []
+    if held:
+        entries = [state._entries[places[i]] for i in held]
+        steps = _resident.step([matrices[i] for i in held], entries, kind, energy, state.tolerance)
+        for i, entry, x, k, flag in zip(held, entries, *steps, strict=True):
+            out[i], ranks[i], status[i] = x, k, flag
+            entry.age += 1
+        state.counts["warm"] += len(held)
+    for i in sorted(set(warm) - set(held)):
+        one = _one(places[i], matrices[i], kind, energy, state, None if targets is None else targets[i])
         if one is None:
             cold.append(i)
         else:
-            out[i], ranks[i] = one
+            out[i], ranks[i] = one[0], torch.full_like(none, one[1])
     for i in cold:
         state._entries.pop(places[i], None)
-    anew, ranks_anew, bad = _gram.spectral([matrices[i] for i in cold], kind, energy)
-    out.update(zip(cold, anew, strict=True))
-    for i, k in zip(cold, ranks_anew, strict=True):
-        ranks[i] = k
+    rest = None if targets is None else [targets[i] for i in cold]
+    anew, ranks_anew, bad = _gram.spectral([matrices[i] for i in cold], kind, energy, rest)
+    for i, x, k in zip(cold, anew, ranks_anew, strict=True):
+        out[i], ranks[i] = x, k.to(device)
     state.counts["exact"] += len(cold) - len(bad)
-    return [out[i] for i in range(len(matrices))], ranks, [cold[i] for i in bad], status
+    late = torch.stack(status) if device.type != "cpu" else None
+    return [out[i] for i in range(len(matrices))], torch.stack(ranks), [cold[i] for i in bad], late
 
 
 def usable(state: SpectralState, place: int, matrix: Tensor) -> bool:
@@ -139,7 +140,7 @@ def stale(state: SpectralState, place: int) -> None:
 
 
 def _one(
-    place: int, matrix: Tensor, kind: str, energy: float | None, state: SpectralState
+    place: int, matrix: Tensor, kind: str, energy: float | None, state: SpectralState, target: Tensor | None
 ) -> tuple[Tensor, int] | None:
     """The result of one matrix and its rank; None where it is not finite."""
     a = _spectra.orient(matrix.detach()).to(_spectra.working(matrix.dtype))[None]
@@ -154,7 +155,7 @@ def _one(
             step = correct(g, basis, kind, energy, a.shape[2])
             error = float(step.error)
             if error <= state.tolerance:
-                result = _spectra.restore((basis @ step.function @ basis.mT @ wide)[0], matrix)
+                result = _spectra.write((basis @ step.function @ basis.mT)[0], wide[0], matrix, target)
                 entry.age, entry.failures = entry.age + 1, 0
                 state.counts["warm"] += 1
                 if error > TURN_AT * state.tolerance:
@@ -169,4 +170,5 @@ def _one(
         return None
     state.counts["exact"] += 1
     state._entries[place] = Entry((matrix.shape[0], matrix.shape[1]), found.basis, 0, failures, pause)
-    return _spectra.restore(_gram.apply(found, kind)[0], matrix), int(found.ranks[0])
+    left, right = _gram.factorised(found, kind)
+    return _spectra.write(left[0], right[0], matrix, target), int(found.ranks[0])

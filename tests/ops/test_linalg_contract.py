@@ -133,6 +133,38 @@ def test_the_polar_method_is_a_subgradient_of_a_well_conditioned_matrix(method):
 
 
 @pytest.mark.parametrize("backend", ["reference", "gram", "host"])
+def test_results_are_written_where_they_are_wanted(backend):
+    matrices = [randn(5, 7), randn(9, 4, seed=1), randn(120, 130, seed=2), randn(130, 120, seed=3), torch.zeros(0, 3)]
+    matrices += [randn(100, 20, seed=4).bfloat16()]
+    wanted = ops.nuclear_subgradient(matrices, backend=backend)
+    views = [torch.full((*w.shape, 2), math.nan, dtype=w.dtype)[..., 0] for w in matrices]
+    for out in ([torch.full_like(w, math.nan) for w in matrices], views):
+        for state in (None, ops.SpectralState()):
+            for _ in range(2):
+                found = ops.nuclear_subgradient(matrices, backend=backend, out=out, state=state)
+                for target, x, y in zip(out, found, wanted, strict=True):
+                    assert x is target
+                    assert l2_relative(x, y) <= (1e-2 if x.dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (torch.zeros(3, 3), TypeError, r"^out must be a list of tensors, got Tensor"),
+        ([], ValueError, r"^out must be a list of 1 tensors, got 0"),
+        ([torch.zeros(3, 2)], ValueError, r"^out\[0\] must be of shape \(3, 3\)"),
+        ([torch.zeros(3, 3).double()], TypeError, r"^out\[0\] must"),
+        ([torch.zeros(3, 3, requires_grad=True)], ValueError, r"^out\[0\] must be a tensor that does not require"),
+    ],
+)
+def test_places_that_do_not_fit_are_refused(out, error, message):
+    with pytest.raises(error, match=message):
+        ops.nuclear_subgradient([GOOD], out=out)
+    with pytest.raises(ValueError, match=r'^out must be None where method is "polar"'):
+        ops.nuclear_subgradient([GOOD], out=[GOOD.clone()], method="polar")
+
+
+@pytest.mark.parametrize("backend", ["reference", "gram", "host"])
 def test_what_is_not_finite_can_be_skipped_counted_and_warned_of(backend):
     a, b = randn(5, 7), randn(6, 4, seed=1)
     matrices = [a, NAN, b, INF, torch.full((70, 80), 3e38)]
