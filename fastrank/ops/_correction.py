@@ -43,7 +43,7 @@ def correct(g: Tensor, basis: Tensor, kind: str, energy: float | None, longest: 
     reads nothing.
     """
     n = g.shape[1]
-    off = basis.mT @ (g @ basis)
+    off = _spectra.symmetric(basis.mT, (g @ basis).mT)
     d = off.diagonal(dim1=1, dim2=2).clamp(min=0)
     off.diagonal(dim1=1, dim2=2).zero_()
     if energy is None and g.device.type == "cpu":
@@ -93,12 +93,12 @@ def _full(off: Tensor, d: Tensor) -> Step:
 
 def _second_order(relative: Tensor, k: Tensor) -> Tensor:
     """‖N‖₂ ‖N‖_F / √k, the first norm by a few power steps and half as much again, at most the second one."""
-    rows = torch.linalg.vecdot(relative, relative)
-    whole = rows.sum(1).sqrt()
-    vector = rows.sqrt()[:, :, None] * _signs(rows.shape[1], rows)
-    for _ in range(3):  # scaled down by nothing: four powers of N are far from float32's ends
+    whole = torch.linalg.vecdot(relative.flatten(1), relative.flatten(1)).sqrt()
+    vector = relative @ _signs(relative.shape[1], relative).expand(len(relative), -1, 1)
+    for _ in range(2):  # scaled down by nothing: four powers of N are far from float32's ends
         vector = relative @ vector
-    largest = (relative @ vector).norm(dim=(1, 2)) / vector.norm(dim=(1, 2)).clamp(min=torch.finfo(rows.dtype).tiny)
+    tiny = torch.finfo(relative.dtype).tiny
+    largest = (relative @ vector).norm(dim=(1, 2)) / vector.norm(dim=(1, 2)).clamp(min=tiny)
     error: Tensor = torch.minimum(1.5 * largest, whole) * whole / k.clamp(min=1).sqrt()
     return error
 

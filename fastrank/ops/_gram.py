@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from fastrank.ops import _counts, _spectra
+from fastrank.ops import _counts, _parallel, _spectra
 from fastrank.ops._spectra import PROJECTION, SUBGRADIENT
 from fastrank.reference import linalg as truth
 
@@ -46,20 +46,27 @@ def spectral(
     What is returned for those is NaN, and for empty matrices empty, with rank 0. targets: tensors to write results to.
     """
     out = list(targets) if targets is not None else list(matrices)
-    ranks, bad = torch.zeros(len(matrices), dtype=torch.int64), []
+    ranks = torch.zeros(len(matrices), dtype=torch.int64)
     for place in (place for place, matrix in enumerate(matrices) if not matrix.numel()):
         out[place] = torch.zeros_like(matrices[place])
-    for places, a in _spectra.groups(matrices):
+    groups = _spectra.groups(matrices)
+
+    def solve(group: _spectra.Group) -> list[int]:
+        places, a = group
+        broken: list[int] = []
         found = decompose(a, kind, energy)
         if found is None:
             broken = [i for i, one in enumerate(a) if not bool(one.isfinite().all())]
-            bad += [places[i] for i in broken]
             found = decompose(a.index_fill(0, torch.tensor(broken), 0.0), kind, energy)
             assert found is not None
         factors = zip(*factorised(found, kind), strict=True)
         for place, (left, right), k in zip(places, factors, found.ranks, strict=True):
             target = targets[place] if targets is not None else None
             out[place], ranks[place] = _spectra.write(left, right, matrices[place], target), k
+        return [places[i] for i in broken]
+
+    costs = [len(group.places) * _parallel.cost(group.oriented.shape[1:]) for group in groups]
+    bad = [place for found in _parallel.each(solve, groups, costs) for place in found]
     for place in bad:
         out[place].fill_(torch.nan)
         ranks[place] = 0
@@ -102,7 +109,7 @@ def factorised(found: Decomposition, kind: str) -> tuple[Tensor, Tensor]:
             a, u, f = a.float(), u.float(), f.float()
         if 2 * most < n:
             return u * f[:, None], u.mT @ a
-        return (u * f[:, None]) @ u.mT, a
+        return _spectra.symmetric(u * f[:, None], u), a
 
 
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:

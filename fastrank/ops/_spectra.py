@@ -15,7 +15,7 @@ from torch import Tensor
 
 SUBGRADIENT, PROJECTION = "subgradient", "projection"
 # Matrices of up to so many entries are stacked with others of their shape: a copy is cheaper than a call each.
-STACKED_ENTRIES = 1 << 18
+STACKED_ENTRIES = 1 << 16
 
 
 class Group(NamedTuple):
@@ -53,15 +53,23 @@ def groups(matrices: Sequence[Tensor], *, stack: bool = False) -> list[Group]:
 
 
 def gram(a: Tensor) -> Tensor:
-    """A Aᵀ (B, n, n) of A (B, n, m); of a large single matrix the blocks above the diagonal are mirrored."""
-    count, n, _ = a.shape
-    if count > 1 or n < 256 or a.device.type != "cpu":
-        return a @ a.mT
-    out = a.new_empty(1, n, n)
+    """A Aᵀ (B, n, n) of A (B, n, m)."""
+    return symmetric(a, a)
+
+
+def symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """left rightᵀ (B, n, n) of (B, n, r) and (B, n, r), known to be symmetric.
+
+    Of a large single matrix on a CPU the blocks above the diagonal are mirrored, not computed.
+    """
+    count, n, _ = left.shape
+    if count > 1 or n < 256 or left.device.type != "cpu":
+        return left @ right.mT
+    out = left.new_empty(1, n, n)
     step = -(-n // 256) * 64  # four stripes: 5/8 of the products, each still wide enough for the library
     for top in range(0, n, step):
         bottom = min(top + step, n)
-        torch.mm(a[0, top:], a[0, top:bottom].mT, out=out[0, top:, top:bottom])
+        torch.mm(left[0, top:], right[0, top:bottom].mT, out=out[0, top:, top:bottom])
         out[0, top:bottom, bottom:] = out[0, bottom:, top:bottom].mT
     return out
 

@@ -7,15 +7,16 @@ is computed anew. On a GPU the host does not wait for the estimate: see `_reside
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrank import _checks
-from fastrank.ops import _gram, _resident, _spectra
+from fastrank.ops import _gram, _parallel, _resident, _spectra
 from fastrank.ops._correction import correct, turn
 from fastrank.ops._entry import Entry
 from fastrank.reference import linalg as truth
@@ -77,6 +78,14 @@ class SpectralState:
         self.counts = dict.fromkeys(self.counts, 0)
 
 
+class _Found(NamedTuple):
+    """What became of one matrix."""
+
+    result: Tensor
+    rank: int
+    events: tuple[str, ...]
+
+
 def spectral(
     matrices: list[Tensor],
     kind: str,
@@ -93,9 +102,9 @@ def spectral(
     device = matrices[0].device
     none = torch.zeros((), dtype=torch.int64, device=device)
     ranks, status = [none] * len(matrices), [none.to(torch.int32)] * len(matrices)
-    cold = [i for i, matrix in enumerate(matrices) if min(matrix.shape) < LEAST_ROWS]
-    warm = [i for i in range(len(matrices)) if i not in set(cold)]
-    held = [i for i in warm if usable(state, places[i], matrices[i])] if device.type != "cpu" else []
+    small = [i for i, matrix in enumerate(matrices) if min(matrix.shape) < LEAST_ROWS]
+    large = sorted(set(range(len(matrices))) - set(small))
+    held = [i for i in large if usable(state, places[i], matrices[i])] if device.type != "cpu" else []
     if held:
         entries = [state._entries[places[i]] for i in held]
         steps = _resident.step([matrices[i] for i in held], entries, kind, energy, state.tolerance)
@@ -103,21 +112,34 @@ def spectral(
             out[i], ranks[i], status[i] = x, k, flag
             entry.age += 1
         state.counts["warm"] += len(held)
-    for i in sorted(set(warm) - set(held)):
-        one = _one(places[i], matrices[i], kind, energy, state, None if targets is None else targets[i])
-        if one is None:
-            cold.append(i)
-        else:
-            out[i], ranks[i] = one[0], torch.full_like(none, one[1])
-    for i in cold:
-        state._entries.pop(places[i], None)
-    rest = None if targets is None else [targets[i] for i in cold]
-    anew, ranks_anew, bad = _gram.spectral([matrices[i] for i in cold], kind, energy, rest)
-    for i, x, k in zip(cold, anew, ranks_anew, strict=True):
-        out[i], ranks[i] = x, k.to(device)
-    state.counts["exact"] += len(cold) - len(bad)
+
+    def anew(some: list[int]) -> list[int]:
+        """Decompose without a start; the places of those that are not finite."""
+        into = None if targets is None else [targets[i] for i in some]
+        results, found, bad = _gram.spectral([matrices[i] for i in some], kind, energy, into)
+        for i, x, k in zip(some, results, found, strict=True):
+            out[i], ranks[i] = x, k.to(device)
+            state._entries.pop(places[i], None)
+        return [some[i] for i in bad]
+
+    def one(i: int) -> tuple[str, ...]:
+        """A warm step where it serves, else a decomposition to start from; no event where it is not finite."""
+        found = _one(places[i], matrices[i], kind, energy, state, None if targets is None else targets[i])
+        if found is None:
+            return ()
+        out[i], ranks[i] = found.result, torch.full_like(none, found.rank)
+        return found.events
+
+    rest = sorted(set(large) - set(held))
+    tasks: list[Callable[[], Sequence[Any]]] = [partial(anew, small), *(partial(one, i) for i in rest)]
+    costs = [sum(_parallel.cost(matrices[i].shape) for i in some) for some in (small, *([i] for i in rest))]
+    bad, *events = _parallel.each(lambda task: task(), tasks, costs) if device.type == "cpu" else [t() for t in tasks]
+    for event in (event for found in events for event in found):
+        state.counts[event] += 1
+    state.counts["exact"] += len(small) - len(bad)
+    bad = [*bad, *anew([i for i, found in zip(rest, events, strict=True) if not found])]
     late = torch.stack(status) if device.type != "cpu" else None
-    return [out[i] for i in range(len(matrices))], torch.stack(ranks), [cold[i] for i in bad], late
+    return [out[i] for i in range(len(matrices))], torch.stack(ranks), bad, late
 
 
 def usable(state: SpectralState, place: int, matrix: Tensor) -> bool:
@@ -141,13 +163,14 @@ def stale(state: SpectralState, place: int) -> None:
 
 def _one(
     place: int, matrix: Tensor, kind: str, energy: float | None, state: SpectralState, target: Tensor | None
-) -> tuple[Tensor, int] | None:
-    """The result of one matrix and its rank; None where it is not finite."""
+) -> _Found | None:
+    """The result of one matrix, its rank and what to count; None where it is not finite."""
     a = _spectra.orient(matrix.detach()).to(_spectra.working(matrix.dtype))[None]
     entry = state._entries.get(place)
     if entry is not None and entry.shape != tuple(matrix.shape):
         entry = None
     failures, known = 0 if entry is None else entry.failures, None
+    events: tuple[str, ...] = ("exact",)
     if entry is not None and usable(state, place, matrix):
         wide, basis = a.to(entry.basis.dtype), entry.basis
         with truth.full_precision(a.device):
@@ -155,20 +178,18 @@ def _one(
             step = correct(g, basis, kind, energy, a.shape[2])
             error = float(step.error)
             if error <= state.tolerance:
-                result = _spectra.write((basis @ step.function @ basis.mT)[0], wide[0], matrix, target)
+                result = _spectra.write(_spectra.symmetric(basis @ step.function, basis)[0], wide[0], matrix, target)
                 entry.age, entry.failures = entry.age + 1, 0
-                state.counts["warm"] += 1
                 if error > TURN_AT * state.tolerance:
                     entry.basis = torch.linalg.qr(turn(basis, step))[0]
-                return result, int(step.ranks)
+                return _Found(result, int(step.ranks), ("warm",))
         known = g if g.dtype == a.dtype else None
-        state.counts["fallback"] += 1
+        events = ("exact", "fallback")
         failures = min(failures + 1, MOST_FAILURES)
     pause = entry.pause - 1 if entry is not None and entry.pause else (1 << failures) - 1
     found = _gram.decompose(a, kind, energy, known)
     if found is None:
         return None
-    state.counts["exact"] += 1
     state._entries[place] = Entry((matrix.shape[0], matrix.shape[1]), found.basis, 0, failures, pause)
     left, right = _gram.factorised(found, kind)
-    return _spectra.write(left[0], right[0], matrix, target), int(found.ranks[0])
+    return _Found(_spectra.write(left[0], right[0], matrix, target), int(found.ranks[0]), events)
