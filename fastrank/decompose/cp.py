@@ -45,7 +45,7 @@ def cp_filters(weight: Tensor, rank: int, *, seed: int = 0, max_iter: int = 200,
     _checks.integer("max_iter", max_iter, 1)
     _checks.number("tol", tol, 0.0)
     # Most calls in here are on small tensors: without autograd's bookkeeping they take a tenth less.
-    with torch.inference_mode(), reference.linalg.full_precision(weight.device):
+    with torch.inference_mode(), reference.linalg.exact_products(weight.device):
         filters, unit = _scaled(weight)
         if rank == max_rank(tuple(weight.shape)):
             a, b, c = _one_term_a_pixel(filters)

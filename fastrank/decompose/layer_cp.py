@@ -29,7 +29,7 @@ class CPLayer(NamedTuple):
 
     def weight(self) -> Tensor:
         """The dense kernel (O, I, kh, kw)."""
-        with reference.linalg.full_precision(self.w_in.device):
+        with reference.linalg.exact_products(self.w_in.device):
             return torch.einsum("or,ri,ryx->oiyx", self.w_out, self.w_in, self.depthwise)
 
 
@@ -58,7 +58,7 @@ def cp_layer(
     _checks.integer("max_iter", max_iter, 1)
     tol = DEFAULT_TOL[algorithm] if tol is None else _checks.number("tol", tol, 0.0)
     _checks.finite("weight", weight.detach())
-    with torch.no_grad(), reference.linalg.full_precision(weight.device):
+    with torch.no_grad(), reference.linalg.exact_products(weight.device):
         peak = weight.detach().abs().amax().double()
         unit = torch.where(peak > 0, peak, torch.ones_like(peak))
         tensor = (weight.detach().double() / unit).flatten(2).transpose(1, 2).contiguous()

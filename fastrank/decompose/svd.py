@@ -18,7 +18,7 @@ def channel_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     matrix = unfold(weight, "channel")
     _checks.integer("rank", rank, 1, min(matrix.shape))
     _checks.finite("weight", weight.detach())
-    with reference.linalg.full_precision(weight.device):
+    with reference.linalg.exact_products(weight.device):
         u, s, vh = _spectral.svd(matrix.detach())
     root = s[:rank].sqrt()
     first = (root[:, None] * vh[:rank]).reshape(rank, *weight.shape[1:])
@@ -36,7 +36,7 @@ def spatial_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _checks.integer("rank", rank, 1, min(matrix.shape))
     _checks.finite("weight", weight.detach())
     out_channels, in_channels, kh, kw = weight.shape
-    with reference.linalg.full_precision(weight.device):
+    with reference.linalg.exact_products(weight.device):
         u, s, vh = _spectral.svd(matrix.detach())
     vertical = u[:, :rank].T.reshape(rank, in_channels, kh, 1)
     horizontal = (s[:rank, None] * vh[:rank]).reshape(rank, out_channels, 1, kw).transpose(0, 1)
@@ -53,7 +53,7 @@ def decoupled_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _, in_channels, kh, kw = weight.shape
     _checks.integer("rank", rank, 1, min(in_channels, kh * kw))
     _checks.finite("weight", weight.detach())
-    with reference.linalg.full_precision(weight.device):
+    with reference.linalg.exact_products(weight.device):
         u, s, vh = _spectral.svd_batch(weight.detach().flatten(2))
     root = s[:, :rank, None].sqrt()
     pointwise = (u[:, :, :rank].mT * root).transpose(0, 1)

@@ -49,7 +49,7 @@ def tucker2(weight: Tensor, ranks: int | tuple[int, int], *, algorithm: str = "h
     _checks.choice("algorithm", algorithm, ("hosvd", "hooi"))
     _checks.finite("weight", weight.detach())
     work = reference.linalg.working(weight.detach())
-    with reference.linalg.full_precision(work.device):
+    with reference.linalg.exact_products(work.device):
         u_in = _leading(unfold(work, "mode3"), rank_in)
         u_out = _leading(unfold(work, "mode4"), rank_out)
         if algorithm == "hooi":

@@ -76,7 +76,7 @@ def spectral(
 def decompose(a: Tensor, kind: str, energy: float | None, g: Tensor | None = None) -> Decomposition | None:
     """The Gram spectrum of a batch; None where an entry of it is not finite. g: A Aᵀ, where it is known already."""
     longest = a.shape[2]
-    with truth.full_precision(a.device):
+    with truth.exact_products(a.device):
         g = _spectra.gram(a) if g is None else g
         largest = g.diagonal(dim1=1, dim2=2).amax(1)
         inside = (largest > SMALLEST) & (largest < LARGEST)
@@ -104,7 +104,7 @@ def factorised(found: Decomposition, kind: str) -> tuple[Tensor, Tensor]:
     a, values, basis, k = found
     n, most = a.shape[1], int(k.max())
     u, f = basis[:, :, :most], _spectra.weights(values, k, kind)[:, :most]
-    with truth.full_precision(a.device):
+    with truth.exact_products(a.device):
         if kind == PROJECTION:  # of norm 1: nothing is left for float64 to save
             a, u, f = a.float(), u.float(), f.float()
         if 2 * most < n:
@@ -190,7 +190,7 @@ def svd(matrices: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor, Tensor]]
         if not bool(a.isfinite().all()):
             bad += [place for place, matrix in zip(places, a, strict=True) if not matrix.isfinite().all()]
             a = torch.where(a.isfinite().all(2).all(1)[:, None, None], a, 0.0)
-        with truth.full_precision(a.device):
+        with truth.exact_products(a.device):
             wide = a.double()
             _, u = eigh(_spectra.gram(wide))
             rows = u.mT @ wide

@@ -36,26 +36,43 @@ def spectral(
     for (chosen, _), places in _shares(OPS[kind], matrices, backend, warm=state is not None).items():
         own = [matrices[place] for place in places]
         into = None if targets is None else [targets[place] for place in places]
-        if chosen in ("cuda", "host"):
-            found, k, status = _linalg_kernels.spectral(own, kind, energy, chosen)
-            found = _settle(found, own, status, places, kind, energy, on_nonfinite)
-        elif chosen == "gram":
-            if state is None:
-                found, k, bad = _gram.spectral(own, kind, energy, into)
-            else:
-                found, k, bad, late = _warm.spectral(own, kind, energy, state, places, into)
-                if late is not None:
-                    found = _settle(found, own, late, places, kind, energy, on_nonfinite, state)
-            for i in _refuse([places[i] for i in bad], matrices, on_nonfinite):
-                found[places.index(i)] = _neutral(matrices[i], kind)
-        else:
-            found, k = _by_reference(own, places, kind, energy, on_nonfinite)
+        with reference.linalg.exact_products(own[0].device):
+            found, k = _solved(matrices, own, places, kind, energy, chosen, on_nonfinite, state, into)
         for i, place in enumerate(places):
             out[place], ranks[place] = found[i], k[i].to(device)
             if into is not None and found[i] is not into[i]:
                 out[place] = into[i].copy_(found[i])
     # Stacked, not written by index: a list of places would have to be copied to the device.
     return out, torch.stack(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+
+
+def _solved(
+    matrices: list[Tensor],
+    own: list[Tensor],
+    places: list[int],
+    kind: str,
+    energy: float | None,
+    chosen: str,
+    on_nonfinite: str,
+    state: SpectralState | None,
+    into: list[Tensor] | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Results and ranks of those of the matrices, `own` at `places`, that a backend serves on a device."""
+    if chosen in ("cuda", "host"):
+        found, k, status = _linalg_kernels.spectral(own, kind, energy, chosen)
+        found = _settle(found, own, status, places, kind, energy, on_nonfinite)
+    elif chosen == "gram":
+        if state is None:
+            found, k, bad = _gram.spectral(own, kind, energy, into)
+        else:
+            found, k, bad, late = _warm.spectral(own, kind, energy, state, places, into)
+            if late is not None:
+                found = _settle(found, own, late, places, kind, energy, on_nonfinite, state)
+        for i in _refuse([places[i] for i in bad], matrices, on_nonfinite):
+            found[places.index(i)] = _neutral(matrices[i], kind)
+    else:
+        found, k = _by_reference(own, places, kind, energy, on_nonfinite)
+    return found, k
 
 
 def norms(matrices: list[Tensor], backend: str, on_nonfinite: str) -> list[Tensor]:

@@ -173,7 +173,7 @@ def _one(
     events: tuple[str, ...] = ("exact",)
     if entry is not None and usable(state, place, matrix):
         wide, basis = a.to(entry.basis.dtype), entry.basis
-        with truth.full_precision(a.device):
+        with truth.exact_products(a.device):
             g = _spectra.gram(wide)
             step = correct(g, basis, kind, energy, a.shape[2])
             error = float(step.error)

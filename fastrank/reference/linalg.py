@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+_INHERITED = "none"  # torch's word for a precision that is not set at this level
 
 
 def working(matrix: Tensor) -> Tensor:
@@ -81,6 +87,31 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """`full_precision`, and float32 products in float32 whatever torch was told to prefer.
+
+    ``torch.set_float32_matmul_precision`` and its kin have a GPU multiply in TF32 and a CPU in bfloat16: fast, and off
+    by 2e-3, which a Gram matrix turns into wrong ranks. Torch's settings are changed for the length of the context.
+    """
+    all_of_torch: Any = torch.backends
+    chosen = [backend for backend in (all_of_torch.cuda.matmul, all_of_torch.mkldnn.matmul) if _lowers(backend)]
+    # What is inherited from the setting for all of torch goes back to being inherited.
+    before = [_INHERITED if all_of_torch.fp32_precision == b.fp32_precision else b.fp32_precision for b in chosen]
+    for backend in chosen:
+        backend.fp32_precision = "ieee"
+    try:
+        with full_precision(device):
+            yield
+    finally:
+        for backend, setting in zip(chosen, before, strict=True):
+            backend.fp32_precision = setting
+
+
+def _lowers(backend: Any) -> bool:
+    return backend.fp32_precision not in (_INHERITED, "ieee")
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    with full_precision(left.device):
+    with exact_products(left.device):
         return left @ right

@@ -128,7 +128,7 @@ def polar_factor(matrix: Tensor, plan: Schedule) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     work = linalg.working(matrix.detach())
     exact = work.dtype == torch.float64
-    with linalg.full_precision(matrix.device):
+    with linalg.exact_products(matrix.device):
         x = _rounded(_scaled(work.mT if tall else work), plan.split, exact)
         scale = None
         for index, block in enumerate(plan.quintics()):

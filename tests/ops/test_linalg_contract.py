@@ -53,6 +53,33 @@ def test_autocast_does_not_lower_the_precision():
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("told", ["highest", "high", "medium"])
+@pytest.mark.parametrize("backend", ["reference", "gram"])
+def test_products_are_float32s_whatever_torch_was_told(backend, told):
+    """TF32 on a GPU and bfloat16 tiles on a CPU leave 2e-3; the settings are as before afterwards."""
+    matrices = [randn(120, 500), randn(300, 40, seed=1)]
+    state = ops.SpectralState()
+    kinds = (
+        lambda: ops.nuclear_subgradient(matrices, backend=backend),
+        lambda: ops.nuclear_subgradient(matrices, energy=0.9, state=state),
+        lambda: ops.project_energy(matrices, 0.9, backend=backend)[0],
+        lambda: [u for u, _, _ in ops.svd(matrices, backend=backend)],
+        lambda: [ops.nuclear_norm(matrices, backend=backend)],
+    )
+    wanted = [kind() for kind in kinds]
+    torch.set_float32_matmul_precision(told)
+    settings = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    try:
+        found = [kind() for kind in kinds]
+        assert settings == (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+        assert torch.get_float32_matmul_precision() == told
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for some, others in zip(found, wanted, strict=True):
+        for x, y in zip(some, others, strict=True):
+            assert l2_relative(x, y) <= 1e-5
+
+
 def test_inputs_are_left_alone_and_outputs_are_fresh():
     a = randn(4, 4)
     before = a.clone()
