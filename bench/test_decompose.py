@@ -9,7 +9,6 @@ SVD contenders are torch.linalg.svd of the same float32 matrices, without the pr
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import warnings
@@ -198,12 +197,7 @@ def test_cp_layer(benchmark: Any, channels: int, rank: int, algorithm: str) -> N
 
 def main(path: str, keep: str = "") -> None:
     """Prints a Markdown table of a result, and writes what it takes of it to the file `keep`, where one is named."""
-    cases = [
-        {key: each[key] for key in ("name", "extra_info")}
-        for each in json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
-    ]
-    if keep:
-        Path(keep).write_text(json.dumps({"benchmarks": cases}, indent=1) + "\n", encoding="utf-8")
+    cases = timing.cases(path, keep)
     found = cases[0]["extra_info"]["environment"]
     print(f"Medians, in turns; torch {found['torch']}, threads: {found['cpu_threads']}.\n")
     print("| what | fastrank | instead | takes | ratio | error | its error |\n|---|---:|---|---:|---:|---:|---:|")

@@ -10,7 +10,6 @@ can be captured are timed inside CUDA graphs too, and torch's SVD drivers and Gr
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -235,12 +234,7 @@ def test_svd(benchmark: Any, network: str) -> None:
 
 def main(path: str, keep: str = "") -> None:
     """Prints a Markdown table of a result, and writes what it takes of it to the file `keep`, where one is named."""
-    cases = [
-        {key: each[key] for key in ("name", "extra_info")}
-        for each in json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
-    ]
-    if keep:
-        Path(keep).write_text(json.dumps({"benchmarks": cases}, indent=1) + "\n", encoding="utf-8")
+    cases = timing.cases(path, keep)
     found = cases[0]["extra_info"]["environment"]
     print(f"Medians, in turns; torch {found['torch']}, threads: {found['cpu_threads']}.\n")
     print("| what | way | time | faster than the loop | error | other ranks |\n|---|---|---:|---:|---:|---:|")

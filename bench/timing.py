@@ -6,6 +6,7 @@ in turns, so that a drift of the clocks meets all of them.
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import statistics
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,6 +152,17 @@ def in_turns(
 def ratio(those: Sequence[float], these: Sequence[float]) -> float:
     """How many times as long those took, round by round: the median."""
     return statistics.median(a / b for a, b in zip(those, these, strict=True))
+
+
+def cases(path: str, keep: str = "") -> list[dict[str, Any]]:
+    """Name and extra_info of each case of pytest-benchmark's JSON; written to the file `keep`, where one is named."""
+    found = [
+        {key: each[key] for key in ("name", "extra_info")}
+        for each in json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
+    ]
+    if keep:
+        Path(keep).write_text(json.dumps({"benchmarks": found}, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def measure(benchmark: Any, call: Call, inputs: list[Tensor], **facts: Any) -> None:

@@ -8,7 +8,7 @@ to the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ RESOLUTION = 1.2e-4
 SLACK = 5e-5
 # A sum of squares beyond these has met, or may meet, the ends of float32's range.
 SMALLEST, LARGEST = 1e-25, 1e30
+# Rows of Uᵀ A that are this long beside the longest are orthogonal to 1e-16 / RESOLVED² = 1e-8 and better.
+RESOLVED = 1e-4
 SINGLE_ROWS = 96  # below, float64 takes hardly longer than float32
 
 
@@ -52,50 +54,65 @@ def spectral(
     groups = _spectra.groups(matrices)
 
     def solve(group: _spectra.Group) -> list[int]:
-        places, a = group
-        broken: list[int] = []
-        found = decompose(a, kind, energy)
-        if found is None:
-            broken = [i for i, one in enumerate(a) if not bool(one.isfinite().all())]
-            found = decompose(a.index_fill(0, torch.tensor(broken), 0.0), kind, energy)
-            assert found is not None
+        places, (found, broken) = group.places, decompose_finite(group.oriented, kind, energy)
         factors = zip(*factorised(found, kind), strict=True)
         for place, (left, right), k in zip(places, factors, found.ranks, strict=True):
             target = targets[place] if targets is not None else None
             out[place], ranks[place] = _spectra.write(left, right, matrices[place], target), k
         return [places[i] for i in broken]
 
-    costs = [len(group.places) * _parallel.cost(group.oriented.shape[1:]) for group in groups]
-    bad = [place for found in _parallel.each(solve, groups, costs) for place in found]
+    bad = _spread(solve, groups)
     for place in bad:
         out[place].fill_(torch.nan)
         ranks[place] = 0
     return out, ranks, bad
 
 
+def _spread(solve: Callable[[_spectra.Group], list[int]], groups: list[_spectra.Group]) -> list[int]:
+    """Have the threads solve all groups; the places of what was not finite."""
+    costs = [len(group.places) * _parallel.cost(group.oriented.shape[1:]) for group in groups]
+    return [place for found in _parallel.each(solve, groups, costs) for place in found]
+
+
+def zeroed(a: Tensor) -> tuple[Tensor, list[int]]:
+    """A batch with zeros for the matrices that are not finite, and which those are."""
+    broken = [i for i, finite in enumerate(a.isfinite().all(2).all(1).tolist()) if not finite]
+    return (a.index_fill(0, torch.tensor(broken), 0.0) if broken else a), broken
+
+
+def decompose_finite(a: Tensor, kind: str, energy: float | None) -> tuple[Decomposition, list[int]]:
+    """The Gram spectrum of a batch, zero for matrices that are not finite, and which those are."""
+    broken: list[int] = []
+    found = decompose(a, kind, energy)
+    if found is None:
+        a, broken = zeroed(a)
+        found = decompose(a, kind, energy)
+        assert found is not None
+    return found, broken
+
+
 def decompose(a: Tensor, kind: str, energy: float | None, g: Tensor | None = None) -> Decomposition | None:
     """The Gram spectrum of a batch; None where an entry of it is not finite. g: A Aᵀ, where it is known already."""
     longest = a.shape[2]
-    with truth.exact_products(a.device):
-        g = _spectra.gram(a) if g is None else g
-        largest = g.diagonal(dim1=1, dim2=2).amax(1)
-        inside = (largest > SMALLEST) & (largest < LARGEST)
-        # Sums of squares of finite entries may overflow, or vanish.
-        if not bool(inside.all()) and not bool(a.isfinite().all()):
-            return None
-        ok = torch.zeros_like(inside)
-        if a.shape[1] >= SINGLE_ROWS and bool(inside.any()) and _promising(g, kind, energy):
-            values, basis = eigh(torch.where(inside[:, None, None], g, 0))
-            k = _spectra.kept_rank(values, kind, energy, longest, EPS)
-            ok = inside & resolved(values, k, kind, energy)
-            if bool(ok.all()):
-                return Decomposition(a, values, basis, k)
-        a = a.double()
-        if bool(ok.any()):
-            values, basis = values.double(), basis.double()
-            values[~ok], basis[~ok] = eigh(_spectra.gram(a[~ok]))
-        else:
-            values, basis = eigh(_spectra.gram(a))
+    g = _spectra.gram(a) if g is None else g
+    largest = g.diagonal(dim1=1, dim2=2).amax(1)
+    inside = (largest > SMALLEST) & (largest < LARGEST)
+    # Sums of squares of finite entries may overflow, or vanish.
+    if not bool(inside.all()) and not bool(a.isfinite().all()):
+        return None
+    ok = torch.zeros_like(inside)
+    if a.shape[1] >= SINGLE_ROWS and bool(inside.any()) and _promising(g, kind, energy):
+        values, basis = eigh(torch.where(inside[:, None, None], g, 0))
+        k = _spectra.kept_rank(values, kind, energy, longest, EPS)
+        ok = inside & resolved(values, k, kind, energy)
+        if bool(ok.all()):
+            return Decomposition(a, values, basis, k)
+    a = a.double()
+    if bool(ok.any()):
+        values, basis = values.double(), basis.double()
+        values[~ok], basis[~ok] = eigh(_spectra.gram(a[~ok]))
+    else:
+        values, basis = eigh(_spectra.gram(a))
     return Decomposition(a, values, basis, _spectra.kept_rank(values, kind, energy, longest, EPS))
 
 
@@ -104,12 +121,11 @@ def factorised(found: Decomposition, kind: str) -> tuple[Tensor, Tensor]:
     a, values, basis, k = found
     n, most = a.shape[1], int(k.max())
     u, f = basis[:, :, :most], _spectra.weights(values, k, kind)[:, :most]
-    with truth.exact_products(a.device):
-        if kind == PROJECTION:  # of norm 1: nothing is left for float64 to save
-            a, u, f = a.float(), u.float(), f.float()
-        if 2 * most < n:
-            return u * f[:, None], u.mT @ a
-        return _spectra.symmetric(u * f[:, None], u), a
+    if kind == PROJECTION:  # of norm 1: nothing is left for float64 to save
+        a, u, f = a.float(), u.float(), f.float()
+    if 2 * most < n:
+        return u * f[:, None], u.mT @ a
+    return _spectra.symmetric(u * f[:, None], u), a
 
 
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +143,7 @@ def _promising(g: Tensor, kind: str, energy: float | None) -> bool:
     """Whether the smallest eigenvalue may stand above the floor: a Cholesky test, for full sub-gradients."""
     if kind != SUBGRADIENT or energy is not None or len(g) > 1:
         return True
-    vector = g[0, :, 0]
+    vector = g[0, :, g[0].diagonal().argmax()]
     for _ in range(4):  # λ_1 from below; only the effort depends on it
         vector = g[0] @ (vector / vector.norm())
     shifted = g[0].clone()
@@ -160,18 +176,15 @@ def resolved(
 def norms(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     """‖·‖_* of each matrix as 0-d float32 tensors, 0 for one that is not finite, and the places of those."""
     found = [matrix.new_zeros((), dtype=torch.float32) for matrix in matrices]
-    bad: list[int] = []
-    for places, a in _spectra.groups(matrices):
-        spectrum = decompose(a, SUBGRADIENT, None)
-        if spectrum is None:
-            finite = [place for place in places if bool(matrices[place].isfinite().all())]
-            bad += [place for place in places if place not in finite]
-            for place, norm in zip(finite, norms([matrices[place] for place in finite])[0], strict=True):
-                found[place] = norm
-            continue
-        for place, norm in zip(places, spectrum.values.double().sqrt().sum(1), strict=True):
+    groups = _spectra.groups(matrices)
+
+    def solve(group: _spectra.Group) -> list[int]:
+        spectrum, broken = decompose_finite(group.oriented, SUBGRADIENT, None)
+        for place, norm in zip(group.places, spectrum.values.double().sqrt().sum(1), strict=True):
             found[place] = norm.float()
-    return found, bad
+        return [group.places[i] for i in broken]
+
+    return found, _spread(solve, groups)
 
 
 def svd(matrices: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[int]]:
@@ -187,23 +200,21 @@ def svd(matrices: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor, Tensor]]
         found.append((u, s, vh))
     bad = []
     for places, a in _spectra.groups(matrices):
-        if not bool(a.isfinite().all()):
-            bad += [place for place, matrix in zip(places, a, strict=True) if not matrix.isfinite().all()]
-            a = torch.where(a.isfinite().all(2).all(1)[:, None, None], a, 0.0)
-        with truth.exact_products(a.device):
-            wide = a.double()
-            _, u = eigh(_spectra.gram(wide))
-            rows = u.mT @ wide
-            norms = rows.norm(dim=2)
-            order = norms.argsort(dim=1, descending=True, stable=True)
-            norms, u = norms.gather(1, order), u.gather(2, order[:, None].expand_as(u))
-            rows = rows.gather(1, order[:, :, None].expand_as(rows))
-            if bool((norms[:, -1] > RESOLVED * norms[:, 0]).all()):
-                v = rows / norms[:, :, None]
-            else:
-                q, triangle = torch.linalg.qr(rows.mT)
-                signs = torch.where(triangle.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).double()
-                v = (q * signs[:, None]).mT
+        a, broken = zeroed(a)
+        bad += [places[i] for i in broken]
+        wide = a.double()
+        _, u = eigh(_spectra.gram(wide))
+        rows = u.mT @ wide
+        norms = rows.norm(dim=2)
+        order = norms.argsort(dim=1, descending=True, stable=True)
+        norms, u = norms.gather(1, order), u.gather(2, order[:, None].expand_as(u))
+        rows = rows.gather(1, order[:, :, None].expand_as(rows))
+        if bool((norms[:, -1] > RESOLVED * norms[:, 0]).all()):
+            v = rows / norms[:, :, None]
+        else:
+            q, triangle = torch.linalg.qr(rows.mT)
+            signs = torch.where(triangle.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).double()
+            v = (q * signs[:, None]).mT
         for i, place in enumerate(places):
             left, right = u[i].float(), v[i].float()
             if matrices[place].shape[0] > matrices[place].shape[1]:
@@ -214,6 +225,3 @@ def svd(matrices: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor, Tensor]]
             factor.fill_(torch.nan)
     return found, bad
 
-
-# Rows of Uᵀ A that are this long beside the longest are orthogonal to 1e-16 / RESOLVED² = 1e-8 and better.
-RESOLVED = 1e-4

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fastrank import _native
+from fastrank.ops._spectra import SUBGRADIENT
 
-NONFINITE, NOT_CONVERGED = 1, 2  # bits of a status, as in csrc/linalg/linalg.h
 TABLE_MATRICES, STATE_INTS, TILE, GRAM_PARTIALS = 64, 256, 64, 64  # of csrc/linalg too
-SUBGRADIENT, PROJECTION = "subgradient", "projection"
 
 
 class Limits(NamedTuple):

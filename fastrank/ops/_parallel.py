@@ -18,16 +18,16 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Multiply-adds from which on it pays to start threads: some milliseconds of work.
+# FLOP from which on it pays to hand work to other threads: some milliseconds.
 WORTHWHILE = 1e9
 _ONE_AT_A_TIME = threading.Lock()
 _POOLS: list[tuple[int, ThreadPoolExecutor]] = []
 
 
-def cost(shape: Sequence[int]) -> float:
-    """Multiply-adds of a decomposition of a matrix of this shape, roughly: two products, and an eigensolver."""
+def cost(shape: Sequence[int]) -> int:
+    """FLOP of a spectral operator on a matrix, n the shorter side: two products of n²·m, and an eigensolver of 9 n³."""
     n, m = sorted(shape)
-    return 2.0 * n * n * m + 9.0 * n**3
+    return 4 * n * n * m + 9 * n**3
 
 
 def workers(costs: Sequence[float], threads: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrank.ops import _counts
 
-NONFINITE, NOT_CONVERGED, STALE = 1, 2, 4  # bits of a status
+NONFINITE, NOT_CONVERGED, STALE = 1, 2, 4  # bits of a status, the first two as in csrc/linalg/linalg.h
 
 
 @dataclass

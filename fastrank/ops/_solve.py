@@ -33,10 +33,10 @@ def spectral(
     out = list(matrices)
     device = matrices[0].device if matrices else torch.device("cpu")
     ranks = [torch.zeros((), dtype=torch.int64, device=device)] * len(matrices)
-    for (chosen, _), places in _shares(OPS[kind], matrices, backend, warm=state is not None).items():
+    for (chosen, home), places in _shares(OPS[kind], matrices, backend, warm=state is not None).items():
         own = [matrices[place] for place in places]
         into = None if targets is None else [targets[place] for place in places]
-        with reference.linalg.exact_products(own[0].device):
+        with reference.linalg.exact_products(home):
             found, k = _solved(matrices, own, places, kind, energy, chosen, on_nonfinite, state, into)
         for i, place in enumerate(places):
             out[place], ranks[place] = found[i], k[i].to(device)
@@ -78,7 +78,7 @@ def _solved(
 def norms(matrices: list[Tensor], backend: str, on_nonfinite: str) -> list[Tensor]:
     """‖·‖_* of each matrix, 0-d tensors; 0 for one that is skipped."""
     out: dict[int, Tensor] = {}
-    for (chosen, _), places in _shares("nuclear_norm", matrices, backend).items():
+    for (chosen, device), places in _shares("nuclear_norm", matrices, backend).items():
         own = [matrices[place] for place in places]
         if chosen == "reference":
             bad = _refuse([place for place in places if not matrices[place].isfinite().all()], matrices, on_nonfinite)
@@ -87,7 +87,8 @@ def norms(matrices: list[Tensor], backend: str, on_nonfinite: str) -> list[Tenso
                 for place in places
             ]
         elif chosen == "gram":
-            found, broken = _gram.norms(own)
+            with reference.linalg.exact_products(device):
+                found, broken = _gram.norms(own)
             _refuse([places[i] for i in broken], matrices, on_nonfinite)
         else:
             # ⟨U Vᵀ, W⟩: what singular values beyond the numerical rank would add is rounding.
@@ -101,14 +102,15 @@ def norms(matrices: list[Tensor], backend: str, on_nonfinite: str) -> list[Tenso
 def svd(matrices: list[Tensor], backend: str) -> list[Factors]:
     """Thin SVDs of all matrices."""
     out: dict[int, Factors] = {}
-    for (chosen, _), places in _shares("svd", matrices, backend).items():
+    for (chosen, device), places in _shares("svd", matrices, backend).items():
         own = [matrices[place].detach() for place in places]
         if chosen == "reference":
             for place, matrix in zip(places, own, strict=True):
                 _checks.finite(f"matrices[{place}]", matrix)
             found = [reference.linalg.svd(matrix) for matrix in own]
         elif chosen == "gram":
-            found, bad = _gram.svd(own)
+            with reference.linalg.exact_products(device):
+                found, bad = _gram.svd(own)
             _refuse([places[i] for i in bad], matrices, "raise")
         else:
             found, status = _linalg_kernels.svd(own, chosen)
@@ -126,9 +128,15 @@ def svd(matrices: list[Tensor], backend: str) -> list[Factors]:
 
 def polar(matrices: list[Tensor], tolerance: float | None, backend: str, on_nonfinite: str) -> list[Tensor]:
     """U Vᵀ of all matrices by Newton–Schulz iterations."""
-    found = polar_factors(matrices, tolerance=tolerance, backend=backend)
-    status = torch.stack([(~x.isfinite().all()).int() for x in found]) if found else torch.zeros(0, dtype=torch.int32)
-    return _settle(found, matrices, status, list(range(len(matrices))), SUBGRADIENT, None, on_nonfinite)
+    out = polar_factors(matrices, tolerance=tolerance, backend=backend)
+    for device in {matrix.device for matrix in matrices}:
+        places = [place for place, matrix in enumerate(matrices) if matrix.device == device]
+        found, own = [out[place] for place in places], [matrices[place] for place in places]
+        status = torch.stack([(~x.isfinite().all()).int() * NONFINITE for x in found])
+        settled = _settle(found, own, status, places, SUBGRADIENT, None, on_nonfinite)
+        for place, x in zip(places, settled, strict=True):
+            out[place] = x
+    return out
 
 
 def _shares(op: str, matrices: Sequence[Tensor], backend: str, *, warm: bool = False) -> dict[_Share, list[int]]:

@@ -105,8 +105,8 @@ def weights(values: Tensor, k: Tensor, kind: str) -> Tensor:
 def write(left: Tensor, right: Tensor, matrix: Tensor, target: Tensor | None) -> Tensor:
     """left (n, r) @ right (r, m) of the oriented matrix as a result of `matrix`, in `target` or in new memory.
 
-    A result that the caller keeps lies in memory that the process sees for the first time: where that can be had again,
-    a large product takes two thirds of the time.
+    A result that the caller keeps lies in memory that the process sees for the first time, and the system hands that
+    out page by page: where memory is given, a large product is faster.
     """
     if matrix.shape[0] > matrix.shape[1]:
         left, right = right.mT, left.mT

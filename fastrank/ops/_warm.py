@@ -19,7 +19,6 @@ from fastrank import _checks
 from fastrank.ops import _gram, _parallel, _resident, _spectra
 from fastrank.ops._correction import correct, turn
 from fastrank.ops._entry import Entry
-from fastrank.reference import linalg as truth
 
 # Smaller matrices are decomposed anew in less time than a warm step takes.
 LEAST_ROWS = 96
@@ -173,16 +172,15 @@ def _one(
     events: tuple[str, ...] = ("exact",)
     if entry is not None and usable(state, place, matrix):
         wide, basis = a.to(entry.basis.dtype), entry.basis
-        with truth.exact_products(a.device):
-            g = _spectra.gram(wide)
-            step = correct(g, basis, kind, energy, a.shape[2])
-            error = float(step.error)
-            if error <= state.tolerance:
-                result = _spectra.write(_spectra.symmetric(basis @ step.function, basis)[0], wide[0], matrix, target)
-                entry.age, entry.failures = entry.age + 1, 0
-                if error > TURN_AT * state.tolerance:
-                    entry.basis = torch.linalg.qr(turn(basis, step))[0]
-                return _Found(result, int(step.ranks), ("warm",))
+        g = _spectra.gram(wide)
+        step = correct(g, basis, kind, energy, a.shape[2])
+        error = float(step.error)
+        if error <= state.tolerance:
+            result = _spectra.write(_spectra.symmetric(basis @ step.function, basis)[0], wide[0], matrix, target)
+            entry.age, entry.failures = entry.age + 1, 0
+            if error > TURN_AT * state.tolerance:
+                entry.basis = torch.linalg.qr(turn(basis, step))[0]
+            return _Found(result, int(step.ranks), ("warm",))
         known = g if g.dtype == a.dtype else None
         events = ("exact", "fallback")
         failures = min(failures + 1, MOST_FAILURES)

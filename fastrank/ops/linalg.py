@@ -13,7 +13,7 @@ from fastrank.ops import _register, _solve
 from fastrank.ops._spectra import PROJECTION, SUBGRADIENT
 from fastrank.ops._warm import SpectralState
 
-NONFINITE = ("raise", "skip")
+ON_NONFINITE = ("raise", "skip")
 METHODS = ("exact", "polar")
 
 
@@ -64,8 +64,8 @@ def nuclear_subgradient(
     on_nonfinite: "raise" a ValueError that names the matrix, or "skip" it: its sub-gradient is 0, it is counted (see
     `spectral_counts`) and a RuntimeWarning is given. On a GPU the kernels do not wait for the answer: the error, or the
     warning, comes with the next call or with `check_pending`.
-    out: a tensor of each matrix's shape, dtype and device to write to and return: on a CPU the system takes about as
-    long to hand out the memory of a new result as a sixth of a warm step.
+    out: a tensor of each matrix's shape, dtype and device to write to and return: on a CPU large results in new
+    memory cost the system time. It must share no memory with a matrix.
     Raises ValueError or TypeError, naming the argument. Source: Watson 1992; truncation as in TRP.
     """
     checked = [matrix.detach() for matrix in _prepare(matrices, backend, energy, state, on_nonfinite)]
@@ -134,9 +134,6 @@ class Ranks(Sequence[int]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and self.values == list(other)
 
-    def __hash__(self) -> int:
-        return id(self)
-
     def __repr__(self) -> str:
         return repr(self.values)
 
@@ -155,7 +152,7 @@ def _prepare(
     if energy is not None:
         _checks.number("energy", energy, 0.0, 1.0, open_low=True)
     _checks.choice("backend", backend, _backends.NAMES)
-    _checks.choice("on_nonfinite", on_nonfinite, NONFINITE)
+    _checks.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     return [_checks.tensor(f"matrices[{i}]", matrix, (None, None), "(m, n)") for i, matrix in enumerate(matrices)]
 
 
@@ -164,9 +161,13 @@ def _targets(out: Sequence[Tensor], matrices: list[Tensor]) -> list[Tensor]:
         raise _checks.fail_type("out", "a list of tensors", out)
     if len(out) != len(matrices):
         raise _checks.fail("out", f"a list of {len(matrices)} tensors", len(out))
+    held = {matrix.untyped_storage().data_ptr() for matrix in matrices}
     for i, (target, matrix) in enumerate(zip(out, matrices, strict=True)):
         _checks.tensor(f"out[{i}]", target, tuple(matrix.shape), "that of its matrix")
         _checks.same_kind(**{f"matrices[{i}]": matrix, f"out[{i}]": target})
+        if target.numel() and target.untyped_storage().data_ptr() in held:
+            raise _checks.fail(f"out[{i}]", "memory of its own", "memory of a matrix or of another result")
+        held.add(target.untyped_storage().data_ptr())
         if target.requires_grad:
             raise _checks.fail(f"out[{i}]", "a tensor that does not require gradients", "one that does")
     return list(out)

@@ -2,7 +2,7 @@
 
 Each matrix has one owner, found by the same rule on every rank: the largest first, to the rank with the least to do.
 Small matrices of one shape, which the operators stack, stay together, so that each result has the bits that it has
-where one process computes them all (on the same hardware, with as many threads).
+where one process computes them all (on the same hardware, with one torch thread each).
 
 The results travel as one broadcast an owner, each of just the bytes that it computed, so that every rank receives the
 results it lacks once and nothing is padded. One reduction of six integers goes before: it finds out whether the ranks
@@ -21,15 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrank import _checks
+from fastrank.ops._parallel import cost
 from fastrank.ops._spectra import STACKED_ENTRIES
 from fastrank.ops._warm import LEAST_ROWS
 from fastrank.regularize._kernels import MASK
-
-
-def cost(shape: Sequence[int]) -> int:
-    """FLOP of a spectral operator on a matrix, n the shorter side: two products of n²·m, and an eigensolver of 9 n³."""
-    n, m = sorted(shape)
-    return 4 * n * n * m + 9 * n**3
 
 
 def bundles(shapes: Sequence[tuple[int, ...]], warm: bool) -> list[list[int]]:

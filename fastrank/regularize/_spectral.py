@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fastrank import _checks, ops
 from fastrank.decompose.unfold import unfold_all
 from fastrank.ops import SpectralState
+from fastrank.ops.linalg import ON_NONFINITE
 from fastrank.regularize import _kernels
 from fastrank.regularize._share import Share, fingerprint
 from fastrank.regularize.base import Regularizer, trained
 
-ON_NONFINITE = ("raise", "skip")
 Operator = Callable[[list[Tensor], SpectralState | None], tuple[list[Tensor], Tensor | None]]
 """Matrices and what is kept of the last call -> a result each, and, where it has them, ranks (N,) int64."""
 

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from fastrank import _checks, ops
 from fastrank.decompose.unfold import ALL_MATRICIZATIONS, fold_all
 from fastrank.ops import SpectralState
+from fastrank.ops.linalg import METHODS
 from fastrank.regularize import _kernels
 from fastrank.regularize._kernels import laid_out_as, shape_of, spatial_kernels
 from fastrank.regularize._spectral import SpectralRegularizer
 from fastrank.regularize.base import Regularizer, add_gradient, trained
 
 __all__ = ["GramTrace", "NuclearNorm", "spatial_kernels"]
-
-METHODS = ("exact", "polar")
 
 
 class NuclearNorm(SpectralRegularizer):
@@ -98,7 +97,7 @@ class NuclearNorm(SpectralRegularizer):
         return found, None
 
     def _room(self, matrices: list[Tensor]) -> list[Tensor] | None:
-        """Memory for results, the same at every step: on a CPU new memory would take a sixth of a warm step."""
+        """Memory for results, the same at every step: on a CPU the system takes its time over new memory."""
         if self._method == "polar" or any(matrix.device.type != "cpu" for matrix in matrices):
             return None
         kinds = [(matrix.shape, matrix.dtype) for matrix in matrices]

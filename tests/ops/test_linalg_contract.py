@@ -9,6 +9,7 @@ import torch
 from helpers import generator, l2_relative, randn
 
 from fastrank import ops, reference
+from fastrank.ops.linalg import Ranks
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -187,6 +188,11 @@ def test_results_are_written_where_they_are_wanted(backend):
 def test_places_that_do_not_fit_are_refused(out, error, message):
     with pytest.raises(error, match=message):
         ops.nuclear_subgradient([GOOD], out=out)
+    with pytest.raises(ValueError, match=r"^out\[0\] must be memory of its own, got memory of a matrix or of another"):
+        ops.nuclear_subgradient([GOOD], out=[GOOD.T])
+    same = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"^out\[1\] must be memory of its own"):
+        ops.nuclear_subgradient([GOOD, GOOD], out=[same, same])
     with pytest.raises(ValueError, match=r'^out must be None where method is "polar"'):
         ops.nuclear_subgradient([GOOD], out=[GOOD.clone()], method="polar")
 
@@ -238,6 +244,30 @@ def test_an_eigensolver_that_gives_up_is_replaced_and_counted(monkeypatch):
     for found, exact in zip(ops.nuclear_subgradient(matrices, backend="gram"), wanted, strict=True):
         assert l2_relative(found, exact) <= 1e-4
     assert ops.spectral_counts()["not_converged"] == before + 2
+
+
+def test_ranks_on_a_device_are_read_once_and_only_when_asked_for():
+    class Counted:
+        """Stands for an int64 tensor on a GPU."""
+
+        reads = 0
+
+        def __len__(self) -> int:
+            return 3
+
+        def tolist(self) -> list[int]:
+            self.reads += 1
+            return [4, 1, 2]
+
+    held = Counted()
+    ranks = Ranks(held)
+    assert len(ranks) == 3
+    assert held.reads == 0
+    assert (ranks[0], ranks[1:], list(ranks), max(ranks)) == (4, [1, 2], [4, 1, 2], 4)
+    assert ranks == [4, 1, 2]
+    assert ranks != [4, 1]
+    assert repr(ranks) == "[4, 1, 2]"
+    assert held.reads == 1
 
 
 def test_random_numbers_are_not_drawn():

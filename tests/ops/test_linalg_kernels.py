@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fastrank import _native
 from fastrank.ops import _linalg_kernels as kernels
-from fastrank.ops._linalg_kernels import NONFINITE, NOT_CONVERGED, PROJECTION, SUBGRADIENT, Limits
+from fastrank.ops._linalg_kernels import Limits
+from fastrank.ops._pending import NONFINITE, NOT_CONVERGED
+from fastrank.ops._spectra import PROJECTION, SUBGRADIENT
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),

@@ -23,15 +23,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models lose time on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(dtype=torch.float32):
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3), GatedTucker2Conv(6, 8, 3, (5, 6)), nn.ReLU(), nn.Conv2d(8, 7, 3), nn.Flatten()

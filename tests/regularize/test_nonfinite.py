@@ -17,15 +17,6 @@ MODES = (("mode3", "mode4"), "decoupled", "spatial")
 WARNING = r"^a kernel with NaN or infinite values was left alone \(on_nonfinite=\"skip\"\); `skipped` counts on$"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small matrices lose time on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(device="cpu"):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 96, 3), nn.Conv2d(96, 12, 3), nn.Conv2d(12, 12, 3)).to(device)

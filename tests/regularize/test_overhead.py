@@ -20,15 +20,6 @@ X = randn(4, 3, 8, 8)
 LOG: list[str] = []
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models lose time on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(), nn.Conv2d(6, 4, 3))

@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastrank import ops
+from fastrank.ops._parallel import cost
 from fastrank.regularize import LowRankProjection, NuclearNorm, overhead
-from fastrank.regularize._share import bundles, cost, owners
+from fastrank.regularize._share import bundles, owners
 
 CASES = {}
 

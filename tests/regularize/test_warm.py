@@ -21,15 +21,6 @@ from fastrank.train._loop import _settings
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small matrices lose time on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network():
     """Both unfoldings of the last kernel have 96 rows, from which on there are warm starts."""
     torch.manual_seed(0)
