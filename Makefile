@@ -24,7 +24,7 @@ NATIVE = $(wildcard csrc/*.cpp csrc/*/*)
 help:
 	@echo "make demo            train, compress and fine-tune a CNN on real digits; results in runs/demo"
 	@echo "make test            install, build, lint, type-check and run the whole suite (TORCH=latest for the newest torch)"
-	@echo "make gpu OUT=DIR     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks (ONLY=build,tests,... FAMILIES=linalg,...)"
+	@echo "make gpu OUT=DIR     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks (ONLY=tucker2 or build,tests,tucker2,...)"
 	@echo "make bench           pytest-benchmark comparisons on this machine"
 	@echo "make report          registers, spills, shared memory of every kernel; no GPU needed"
 	@echo "make tables          write the generated tables of README.md anew"

@@ -117,6 +117,8 @@ class BuildNative(build_ext):
         if not Path(TORCH_FOLDER, "lib/libtorch_cuda.so").exists():
             ext.library_dirs.append(self.stub_folder())
         flags = ["-O3", "-Icsrc", "-Xcompiler=-fPIC", "--threads=2", *(f for arch in ARCHS for f in gencode(arch))]
+        if "9.0a" in ARCHS:  # without the "a" the Hopper kernels would be empty
+            flags.append("-DFASTRANK_SM90A")
         for source in sorted(Path("csrc").glob("*/*.cu")):
             target = Path(self.build_temp) / "_".join(ARCHS) / source.with_suffix(".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,7 @@ if MODE not in ("auto", "0", "1"):
 setup(
     packages=[*find_packages(include=["fastrank", "fastrank.*"]), "fastrank.triton_kernels"],
     package_dir={"fastrank.triton_kernels": "triton_kernels"},
-    package_data={"fastrank": ["py.typed"]},
+    package_data={"fastrank": ["py.typed", "_tables/*.json"]},
     ext_modules=[
         Extension("fastrank._C", ["csrc/registry.cpp"], py_limited_api=True, **COMMON),
         Extension("fastrank._C_cuda", sorted(map(str, Path("csrc").glob("*/*.cpp"))), py_limited_api=True, **COMMON),

@@ -1,9 +1,13 @@
 """Everything that only a GPU can show, in one run: build, tests, sanitizers, benchmarks.
 
-    python bench/gpu.py --out DIR [--only build,tests,sanitizer,bench] [--families gates,linalg,polar,tucker2]
+    python bench/gpu.py --out DIR [--only build,tests,sanitizer,bench,tucker2,...] [--families tucker2,...]
 
-Needs an NVIDIA GPU, torch and nvcc, and no network. Leaves in DIR: summary.json (what ran, how long, what failed),
-environment.json (machine, clocks as found, versions), a log a step, tests.xml and a bench_FAMILY.json each.
+Names of families (of benchmarks, bench/test_FAMILY.py) confine every step to what is theirs: their gpu tests, their
+sanitizer workload, their benchmarks. `--only tucker2` is all steps for that family.
+
+Needs an NVIDIA GPU, torch and nvcc, and no network. Leaves in DIR: summary.json (machine, clocks as found, versions,
+what ran, how long, what failed), a log a step, tests.xml, and a bench_FAMILY.jsonl each, which gets a line as every
+benchmark ends. A run ends within ten minutes; what was measured until then is kept.
 Exit code 0 when every step passed, 1 when one failed, 2 when this machine cannot run it.
 """
 
@@ -23,12 +27,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET_S = 530.0
+BUDGET_S = 560.0
 STEPS = ("build", "tests", "sanitizer", "bench")
-# Most seconds a step may take; what an earlier step leaves is not passed on, so that the total stays in the budget.
-LIMITS_S = {"build": 170.0, "tests": 150.0, "sanitizer": 110.0, "bench": 220.0}
+# What is kept back for a step while earlier ones run; what they leave of theirs goes to the later ones.
+RESERVED_S = {"build": 150.0, "tests": 60.0, "sanitizer": 130.0, "bench": 220.0}
+GRACE_S = 25.0  # between the moment when no benchmark begins any more and the one when the last is stopped
 CPU_ONLY = ("decompose",)  # benchmarks of the host
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FAMILIES = sorted({path.stem[5:] for path in (ROOT / "bench").glob("test_*.py")} - set(CPU_ONLY))
+# What the names of a family's tests hold besides its own.
+TESTS = {"linalg": ("linalg", "spectral", "nonfinite", "resume"), "networks": ("fuse", "prepared")}
 
 
 @dataclass
@@ -42,24 +50,29 @@ class Result:
 
 
 class Runner:
-    """Runs commands with a deadline and keeps their logs in the output folder."""
+    """Runs commands with a deadline and keeps their logs, one a step, in the output folder."""
 
-    def __init__(self, out: Path, families: Sequence[str] = ()) -> None:
-        self.out, self.families = out, families
+    def __init__(self, out: Path, families: Sequence[str], steps: Sequence[str]) -> None:
+        self.out, self.families, self.steps = out, families, steps
         self.deadline = time.monotonic() + BUDGET_S
 
     def asked(self, family: str) -> bool:
-        """Whether benchmarks and sanitizer runs of a family are wanted: all where none was named."""
+        """Whether a family is wanted: all are where none was named."""
         return not self.families or family in self.families
 
-    def run(self, name: str, command: list[str], limit_s: float, **environment: str) -> tuple[bool, str]:
+    def left(self, step: str) -> float:
+        """Seconds that a step may still take, so that those after it have what is reserved for them."""
+        later = self.steps[self.steps.index(step) + 1 :]
+        return self.deadline - time.monotonic() - sum(RESERVED_S[name] for name in later)
+
+    def run(self, step: str, command: list[str], limit_s: float, **environment: str) -> tuple[bool, str]:
         """(whether it passed, why not)"""
-        limit_s = min(limit_s, self.deadline - time.monotonic())
         if limit_s <= 0:
             return False, f"no time was left of {BUDGET_S:.0f} s"
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment}
-        log = self.out / f"{name}.log"
-        with log.open("w", encoding="utf-8") as file:
+        log = self.out / f"{step}.log"
+        with log.open("a", encoding="utf-8") as file:
+            print(f"$ {' '.join(command)}", file=file, flush=True)
             try:
                 done = subprocess.run(
                     command,
@@ -83,25 +96,24 @@ class Runner:
         ok, reason = self.run(
             "build",
             [sys.executable, "setup.py", "build_ext", "--inplace"],
-            LIMITS_S["build"],
+            self.left("build"),
             FASTRANK_CUDA="1",
             TORCH_CUDA_ARCH_LIST=arch,
         )
         if ok:
             check = "from fastrank import _native as n; import sys; sys.exit(n.why_missing('_C_cuda') or 0)"
-            ok, reason = self.run("load", [sys.executable, "-c", check], 60.0)
+            ok, reason = self.run("build", [sys.executable, "-c", check], 60.0)
         return Result("build", "passed" if ok else "failed", 0.0, reason)
 
     def tests(self) -> Result:
-        """The suite's gpu tests."""
+        """The suite's gpu tests, or those of the families that were named."""
         if find_spec("pytest") is None or find_spec("hypothesis") is None:
             return Result("tests", "failed", 0.0, "pytest and hypothesis are needed")
-        # Only the files that have some: the others may import what such a machine lacks.
-        files = sorted(
-            str(p) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8")
-        )
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
-        ok, reason = self.run("tests", [*command, f"--junitxml={self.out / 'tests.xml'}"], LIMITS_S["tests"])
+        files = gpu_tests(self.families)
+        if not files:
+            return Result("tests", "skipped", 0.0, f"{', '.join(self.families)} has no tests that need a GPU")
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *map(str, files)]
+        ok, reason = self.run("tests", [*command, f"--junitxml={self.out / 'tests.xml'}"], self.left("tests"))
         return Result("tests", "passed" if ok else "failed", 0.0, reason)
 
     def sanitizer(self) -> Result:
@@ -117,39 +129,57 @@ class Runner:
         )
         if not found:
             return Result("sanitizer", "skipped", 0.0, "compute-sanitizer was not found on PATH or in CUDA_HOME")
-        end = time.monotonic() + LIMITS_S["sanitizer"]
-        failures = []
-        for workload, tool in itertools.product(sorted((ROOT / "bench").glob("*_workload.py")), TOOLS):
-            family = workload.stem.removesuffix("_workload")
-            if not self.asked(family):
-                continue
-            command = [found, "--tool", tool, "--error-exitcode", "1", sys.executable, str(workload)]
-            ok, reason = self.run(
-                f"sanitizer_{family}_{tool}", command, end - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-            )
+        found_here = (path.stem.removesuffix("_workload") for path in (ROOT / "bench").glob("*_workload.py"))
+        families = [family for family in sorted(found_here) if self.asked(family)]
+        if not families:
+            return Result("sanitizer", "skipped", 0.0, f"{', '.join(self.families)} has no workload")
+        failures, runs = [], list(itertools.product(families, TOOLS))
+        for index, (family, tool) in enumerate(runs):
+            workload = str(ROOT / "bench" / f"{family}_workload.py")
+            command = [found, "--tool", tool, "--error-exitcode", "1", sys.executable, workload]
+            share = self.left("sanitizer") / (len(runs) - index)
+            ok, reason = self.run("sanitizer", command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             failures += [] if ok else [f"{family}, {tool}: {reason}"]
         return Result("sanitizer", "failed" if failures else "passed", 0.0, "; ".join(failures))
 
     def bench(self) -> Result:
-        """Every family's benchmarks, as pytest-benchmark's JSON with graph timings in extra_info."""
+        """The families' benchmarks, each with an equal share of the time that is left."""
         if find_spec("pytest_benchmark") is None:
             return Result("bench", "skipped", 0.0, "pytest-benchmark is not installed")
-        end = time.monotonic() + LIMITS_S["bench"]
-        failures = []
-        for path in sorted((ROOT / "bench").glob("test_*.py")):
-            family = path.stem.removeprefix("test_")
-            if family in CPU_ONLY or not self.asked(family):
-                continue
-            options = [
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                str(path),
-                f"--benchmark-json={self.out / f'bench_{family}.json'}",
-            ]
-            ok, reason = self.run(f"bench_{family}", [sys.executable, "-m", "pytest", *options], end - time.monotonic())
+        families, failures = [family for family in FAMILIES if self.asked(family)], []
+        for index, family in enumerate(families):
+            share = self.left("bench") / (len(families) - index)
+            path = str(ROOT / "bench" / f"test_{family}.py")
+            ok, reason = self.run(
+                "bench",
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+                share,
+                FASTRANK_BENCH_OUT=str(self.out / f"bench_{family}.jsonl"),
+                FASTRANK_BENCH_SECONDS=str(max(0.0, share - GRACE_S)),
+            )
             failures += [] if ok else [f"{family}: {reason}"]
         return Result("bench", "failed" if failures else "passed", 0.0, "; ".join(failures))
+
+
+def gpu_tests(families: Sequence[str]) -> list[Path]:
+    """The test files with gpu tests; only they, since the others may import what such a machine lacks."""
+    words = [word for family in families for word in TESTS.get(family, (family,))]
+    return sorted(
+        path
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.gpu" in path.read_text(encoding="utf-8") and (not words or any(word in path.stem for word in words))
+    )
+
+
+def chosen(only: str, families: str) -> tuple[list[str], list[str]]:
+    """(steps, families) that were asked for; all steps where none was. Raises ValueError for an unknown name."""
+    names = [name for name in (*only.split(","), *families.split(",")) if name]
+    unknown = sorted(set(names) - set(STEPS) - set(FAMILIES))
+    if unknown:
+        known = ", ".join((*STEPS, *FAMILIES))
+        raise ValueError(f"--only and --families must name some of {known}, got {', '.join(unknown)}")
+    steps = [step for step in STEPS if step in names] or list(STEPS)
+    return steps, [family for family in FAMILIES if family in names]
 
 
 def why_not_here(steps: list[str]) -> str:
@@ -176,13 +206,13 @@ def write(path: Path, data: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
-    parser.add_argument("--families", default="", help="only their benchmarks and sanitizer runs: gates,linalg,...")
+    parser.add_argument("--only", default="", help=f"steps and families: {','.join((*STEPS, *FAMILIES))}")
+    parser.add_argument("--families", default="", help="more families")
     options = parser.parse_args()
-    steps = [step for step in STEPS if step in (options.only or ",".join(STEPS)).split(",")]
-    unknown = set((options.only or STEPS[0]).split(",")) - set(STEPS)
-    if unknown:
-        parser.error(f"--only must name steps of {', '.join(STEPS)}, got {', '.join(sorted(unknown))}")
+    try:
+        steps, families = chosen(options.only, options.families)
+    except ValueError as error:
+        parser.error(str(error))
     if reason := why_not_here(steps):
         print(f"the GPU run cannot start here: {reason}", file=sys.stderr)
         return 2
@@ -192,8 +222,14 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parent))
     import timing
 
-    write(out / "environment.json", timing.environment())
-    runner, results = Runner(out, [name for name in options.families.split(",") if name]), []
+    for stale in (*(out / f"{step}.log" for step in STEPS), *(out / f"bench_{family}.jsonl" for family in FAMILIES)):
+        stale.unlink(missing_ok=True)
+    runner, results = Runner(out, families, steps), []
+
+    def keep() -> None:
+        write(out / "summary.json", {"environment": timing.environment(), "steps": [asdict(r) for r in results]})
+
+    keep()
     for step in steps:
         begin = time.monotonic()
         result: Result = getattr(runner, step)()
@@ -202,7 +238,7 @@ def main() -> int:
         print(
             f"{step}: {result.outcome} in {result.seconds} s{': ' + result.reason if result.reason else ''}", flush=True
         )
-        write(out / "summary.json", {"environment": timing.environment(), "steps": [asdict(r) for r in results]})
+        keep()
         if step == "build" and result.outcome == "failed":
             break
     return int(any(result.outcome == "failed" for result in results))

@@ -48,7 +48,13 @@ DYNAMIC_SHARED = {
     "finish_kernel": 2056,
     "result_kernel": 17408,
     "factors_kernel": 0,
+    "tucker2_pack_kernel": 0,
+    "tucker2_ampere_kernel": 163 * 1024,
+    "tucker2_hopper_kernel": SHARED_LIMIT,
 }
+# Kernels that are empty on every other architecture, and the instructions that kernels must show.
+ONLY_ON = {"tucker2_hopper_kernel": "sm_90a"}
+WANTED = {"tucker2_hopper_kernel": "hgmma", "tucker2_ampere_kernel": "hmma"}
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,9 @@ def demangle(names: list[str]) -> dict[str, str]:
     if not shutil.which("c++filt") or not names:
         return {name: name for name in names}
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    dropped = r"\((int|bool)\)|\(anonymous namespace\)::"
     return {
-        name: re.sub(r"\(.*", "", line.replace("(int)", "")).rpartition("::")[2].removeprefix("void ")
+        name: re.sub(r"\(.*", "", re.sub(dropped, "", line)).rpartition("::")[2].removeprefix("void ")
         for name, line in zip(names, plain.splitlines(), strict=True)
     }
 
@@ -146,10 +153,14 @@ def cuda_rows(nvcc: str, archs: list[str], folder: Path) -> list[Row]:
         log = process.communicate()[1]
         if process.returncode:
             raise SystemExit(f"nvcc could not compile {cubin.stem}:\n{log}")
+        if "wgmma.mma_async instructions are serialized" in log:
+            raise SystemExit(f"the assembler serialises the tensor cores' work in {cubin.stem}:\n{log}")
         resources, tensor = parse_ptxas(log), tensor_instructions(cubin)
         names = demangle(list(resources))
         for mangled, values in resources.items():
             kernel, _, variant = names[mangled].partition("<")
+            if ONLY_ON.get(kernel, arch) != arch:
+                continue
             values["shared_bytes"] += DYNAMIC_SHARED.get(kernel, 0)
             hmma, hgmma = tensor.get(mangled, (0, 0))
             rows.append(Row("cuda", kernel, variant.rstrip(">"), arch, **values, hmma=hmma, hgmma=hgmma))
@@ -167,11 +178,15 @@ def triton_rows(archs: list[str], folder: Path) -> list[Row]:
     pending: list[Future[Row]] = []
     pool = ThreadPoolExecutor(os.cpu_count())  # for the assembler, which is a process of its own
     for jit, elements, others, constants, multiples in (
-        entry for path in kernel_files() for entry in _native.triton_kernels(path.stem).KERNELS
+        entry for path in kernel_files() for entry in getattr(_native.triton_kernels(path.stem), "KERNELS", ())
     ):
         for dtype, constant, whole in itertools.product(DTYPES if elements else DTYPES[:1], constants, (True, False)):
             if not whole and (dtype != "fp32" or not multiples):
                 continue  # that odd sizes cost no spills is shown in the widest dtype
+            if dtype not in constant.get("DTYPES", DTYPES):
+                continue  # sizes of blocks that are launched with other dtypes
+            least = constant.get("LEAST", 0)  # the compute capability, ten times, that they are launched from
+            constant = {k: v for k, v in constant.items() if k not in ("DTYPES", "LEAST")}
             constexprs = {k: v for k, v in constant.items() if k in jit.arg_names}
             options = {k: v for k, v in constant.items() if k not in jit.arg_names}
             types = {**dict.fromkeys(elements, f"*{dtype}"), **others}
@@ -185,6 +200,8 @@ def triton_rows(archs: list[str], folder: Path) -> list[Row]:
             )
             for arch in archs:
                 target = GPUTarget("cuda", int(re.sub(r"\D", "", arch)), 32)
+                if target.arch < least:
+                    continue
                 compiled = triton.compile(source, target=target, options=options)
                 pending.append(
                     pool.submit(triton_row, compiled, jit.__name__, variant, arch, folder / str(len(pending)))
@@ -243,6 +260,8 @@ def problems(rows: list[Row], skipped: dict[str, str]) -> list[str]:
             found.append(f"{where} uses {row.local_bytes} bytes of local memory")
         if row.registers > REGISTER_LIMIT:
             found.append(f"{where} uses {row.registers} registers")
+        if (wanted := WANTED.get(row.kernel)) and not getattr(row, wanted):
+            found.append(f"{where} has no {wanted.upper()} in its machine code")
         if row.shared_bytes > SHARED_LIMIT:
             found.append(f"{where} needs {row.shared_bytes} bytes of shared memory, of {SHARED_LIMIT}")
     for source, names in kernels_in_source().items():

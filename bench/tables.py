@@ -1,8 +1,10 @@
 """Writes the generated tables of the documents anew from committed results and the code; `--check` only compares.
 
 README.md: the demo's table comes from bench/results/demo-cpu.json (a summary.json of `make demo`), the state of every
-operator from its registered backends and from the GPU results under bench/results. docs/recipes.md: the recipe files.
-docs/accuracy.md: bench/results/accuracy-cpu.json (of bench/accuracy.py).
+operator from its registered backends, the shipped tables of times and the GPU results under bench/results.
+docs/recipes.md: the recipe files. docs/accuracy.md: bench/results/accuracy-cpu.json (of bench/accuracy.py).
+docs/kernels/tucker2.md: what the plan predicts, where `fastrank._host` is built; the goals, and what was measured of
+them in the newest bench/results/gpu* folder that holds such a run.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dispatch
+import goals
 import polar_accuracy
+import tucker2_model
 from studies import pages
 
-from fastrank import recipe, report
+from fastrank import _native, recipe, report
 from fastrank._backends import AUTO, BACKENDS
+from fastrank._tables._store import SHIPPED, Table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -83,10 +89,26 @@ def demo_table() -> str:
 def measured_on_gpu() -> set[str]:
     """The operators that a committed result of a GPU machine times."""
     names = set()
-    for path in RESULTS.glob("gpu*/*.json"):
+    for path in RESULTS.glob("gpu*/*.json*"):
         text = path.read_text(encoding="utf-8")
         names |= {op for op in BACKENDS if op in text}
     return names
+
+
+def automatic(op: str) -> str:
+    """What `auto` takes on a CPU and on a GPU: where shipped tables time the operator, one of what they time."""
+    backends, chosen = BACKENDS[op], []
+    for device in ("cpu", "cuda"):
+        names = set()
+        for path in SHIPPED.glob("*.json"):
+            if (path.stem == "cpu") == (device == "cpu"):
+                table = Table.loads(path.read_text(encoding="utf-8"))
+                names |= {name for key, us in table.rows.items() if key.op == op for name in us}
+                scales = [scale.split() for model in table.models.values() for scale in model.scale]
+                names |= {name for each, name, _ in scales if each == op}
+        timed = " or ".join(sorted(names, key=backends.index))
+        chosen.append(f"{timed} (by measured times)" if timed else AUTO.get((op, device), backends[0]))
+    return chosen[0] if chosen[0] == chosen[1] else f"{chosen[0]} on a CPU, {chosen[1]} on a GPU"
 
 
 def status_table() -> str:
@@ -96,9 +118,7 @@ def status_table() -> str:
         kernels = [name for name in backends if name in NATIVE]
         library = [name for name in backends if name not in (*NATIVE, "host")]
         timed = "no kernel yet" if not kernels else "see bench/results" if op in measured else "not yet measured"
-        on_cpu, elsewhere = AUTO.get((op, "cpu"), backends[0]), AUTO.get((op, "cuda"), backends[0])
-        chosen = elsewhere if on_cpu == elsewhere else f"{on_cpu} on a CPU, {elsewhere} on a GPU"
-        rows.append([f"`{op}`", ", ".join(library), ", ".join(kernels) or "none", chosen, timed])
+        rows.append([f"`{op}`", ", ".join(library), ", ".join(kernels) or "none", automatic(op), timed])
     return markdown(["operator", "plain PyTorch", "kernels", "`auto` takes", "kernels timed on a GPU"], rows)
 
 
@@ -118,14 +138,30 @@ def recipes_table() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def gpu_results() -> Path | None:
+    """The folder of the newest committed GPU run of the Tucker-2 convolution, by its name."""
+    return max((path.parent for path in RESULTS.glob("gpu*/bench_tucker2.jsonl")), default=None)
+
+
+def goals_page() -> str:
+    """The goals of the Tucker-2 convolution; without a committed run of a GPU nothing is measured."""
+    folder = gpu_results()
+    return goals.goals_table(RESULTS) if folder is None else goals.page(folder)
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_table, "status": status_table},
     "docs/recipes.md": {"recipes": recipes_table},
+    "docs/dispatch.md": {"dispatch": lambda: dispatch.table(result("dispatch-cpu.json"))},
     "docs/kernels/polar.md": {"accuracy": lambda: polar_accuracy.table(result("polar-accuracy.json")["rows"])},
+    "docs/kernels/tucker2.md": {"goals": goals_page},
     "docs/accuracy.md": {
         name: lambda make=make: make(result("accuracy-cpu.json")) for name, make in pages.TABLES.items()
     },
 }
+
+if not _native.why_missing("_host"):
+    DOCUMENTS["docs/kernels/tucker2.md"]["plan"] = tucker2_model.table
 
 
 def filled(document: str, text: str, name: str, body: str) -> str:

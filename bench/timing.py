@@ -12,8 +12,9 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[[Sequence[Tensor]], Any]
+Thunk = Callable[[], Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -43,8 +45,9 @@ class Quantiles:
         return asdict(self)
 
 
+@cache
 def environment() -> dict[str, Any]:
-    """The machine, the clocks as found, and the versions that a figure depends on."""
+    """The machine, the clocks as first found, and the versions that a figure depends on."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -70,36 +73,37 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def copies(size: int, at_most: int) -> int:
+    """How many copies of `size` bytes it takes to push one out of the L2 cache before it comes round again."""
+    cached = torch.cuda.get_device_properties(0).L2_cache_size if DEVICE == "cuda" else 0
+    return min(max(2, 3 * cached // max(size, 1) + 1), at_most)
+
+
 def rotation(tensors: Sequence[Tensor], at_most: int = 64) -> list[list[Tensor]]:
-    """Copies of the inputs, as many as it takes to push one out of the L2 cache before it comes round again."""
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    cache = torch.cuda.get_device_properties(tensors[0].device).L2_cache_size
-    count = min(max(2, 3 * cache // max(size, 1) + 1), at_most)
+    """Copies of the inputs, as many as make them cold."""
+    count = copies(sum(t.numel() * t.element_size() for t in tensors), at_most)
     return [[t.detach().clone().requires_grad_(t.requires_grad) for t in tensors] for _ in range(count)]
 
 
-def capture(call: Call, inputs: Sequence[Sequence[Tensor]], calls: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `calls` calls that take the inputs in turn."""
+def capture(thunks: Sequence[Thunk], calls: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `calls` calls, of the thunks in turn."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for one in inputs:
-            call(one)
+        for thunk in thunks:
+            thunk()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(calls):
-            call(inputs[i % len(inputs)])
+            thunks[i % len(thunks)]()
     return graph
 
 
-def graph_times(
-    contenders: dict[str, Call], tensors: Sequence[Tensor], *, cold: bool, calls: int = 64, repeats: int = 20
-) -> dict[str, Quantiles]:
-    """Time of one call inside a CUDA graph of `calls`: launches cost nothing, memory is cold or warm as asked."""
-    inputs = rotation(tensors) if cold else [list(tensors)]
-    graphs = {name: capture(call, inputs, calls) for name, call in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+def replay_times(thunks: Mapping[str, Sequence[Thunk]], calls: Mapping[str, int], repeats: int) -> dict[str, Quantiles]:
+    """Time of one call inside CUDA graphs of so many calls each, replayed in turns."""
+    graphs = {name: capture(those, calls[name]) for name, those in thunks.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for graph in graphs.values():
         graph.replay()
@@ -109,8 +113,46 @@ def graph_times(
             graph.replay()
             end.record()
             end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / calls)
+            times[name].append(start.elapsed_time(end) * 1e3 / calls[name])
     return {name: Quantiles.of(values) for name, values in times.items()}
+
+
+def graph_times(
+    contenders: dict[str, Call], tensors: Sequence[Tensor], *, cold: bool, calls: int = 64, repeats: int = 20
+) -> dict[str, Quantiles]:
+    """Time of one call inside a CUDA graph of `calls`: launches cost nothing, memory is cold or warm as asked."""
+    inputs = rotation(tensors) if cold else [list(tensors)]
+    thunks = {name: [partial(call, one) for one in inputs] for name, call in contenders.items()}
+    return replay_times(thunks, dict.fromkeys(contenders, calls), repeats)
+
+
+def long_graph_times(thunks: Mapping[str, Sequence[Thunk]], *, least_us: float, repeats: int) -> dict[str, Quantiles]:
+    """Time of one call inside CUDA graphs of about `least_us` that make every call of a list equally often."""
+    calls = {}
+    for name, those in thunks.items():
+        (first,) = in_turns({name: those[0]}, 1).values()  # with the launches, so an upper bound
+        calls[name] = len(those) * max(1, round(least_us / (min(first) * len(those))))
+    return replay_times(thunks, calls, repeats)
+
+
+def host_times(calls: Mapping[str, Thunk], *, burst: int = 64, rounds: int = 15) -> dict[str, Quantiles]:
+    """What a call costs the host, which does not wait for the device: of bursts that fit into the launch queue."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            synchronize()
+            begin = time.perf_counter()
+            for _ in range(burst):
+                call()
+            times[name].append((time.perf_counter() - begin) * 1e6 / burst)
+    synchronize()
+    return {name: Quantiles.of(values) for name, values in times.items()}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def eager_times(contenders: dict[str, Call], tensors: Sequence[Tensor], *, repeats: int = 50) -> dict[str, Quantiles]:
@@ -129,7 +171,7 @@ def eager_times(contenders: dict[str, Call], tensors: Sequence[Tensor], *, repea
 
 
 def in_turns(
-    calls: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], None] | None = None
+    calls: Mapping[str, Thunk], rounds: int, before: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
     """Microseconds of each call, `rounds` times each, one after the other; `before` runs ahead of every round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -139,12 +181,10 @@ def in_turns(
         if before is not None:
             before()
         for name, call in calls.items():
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             begin = time.perf_counter()
             call()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             times[name].append((time.perf_counter() - begin) * 1e6)
     return times
 
@@ -156,10 +196,8 @@ def ratio(those: Sequence[float], these: Sequence[float]) -> float:
 
 def cases(path: str, keep: str = "") -> list[dict[str, Any]]:
     """Name and extra_info of each case of pytest-benchmark's JSON; written to the file `keep`, where one is named."""
-    found = [
-        {key: each[key] for key in ("name", "extra_info")}
-        for each in json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
-    ]
+    text = Path(path).read_text(encoding="utf-8")
+    found = [{key: each[key] for key in ("name", "extra_info")} for each in json.loads(text)["benchmarks"]]
     if keep:
         Path(keep).write_text(json.dumps({"benchmarks": found}, indent=1) + "\n", encoding="utf-8")
     return found
@@ -173,8 +211,7 @@ def measure(benchmark: Any, call: Call, inputs: list[Tensor], **facts: Any) -> N
 
     def run() -> None:
         call(inputs)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
     benchmark.extra_info.update(environment=environment(), **facts)
     if DEVICE == "cuda":

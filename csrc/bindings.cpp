@@ -9,6 +9,11 @@
 #include "gates/gates.cu"
 #include "linalg/linalg.cu"
 #include "linalg/linalg_bindings.h"
+#include "tucker2/ampere.cu"
+#include "tucker2/arguments.cu"
+#include "tucker2/hopper.cu"
+#include "tucker2/pack.cu"
+#include "tucker2/tucker2_bindings.h"
 
 namespace py = pybind11;
 
@@ -100,4 +105,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("funnel_penalty", &fastrank::funnel_penalty);
   m.def("funnel_penalty_backward", &fastrank::funnel_penalty_backward);
   fastrank::linalg::bind(m);
+  fastrank::tucker2::bind(m);
 }

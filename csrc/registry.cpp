@@ -5,11 +5,19 @@ STABLE_TORCH_LIBRARY(fastrank, m) {
   // The operators that appear in graphs. Implemented in Python, which chooses the backend; word for word the
   // schemas of fastrank/ops (a test compares them).
   m.def(
-      "tucker2_conv2d(Tensor x, Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, SymInt[2] stride, "
-      "SymInt[2] padding, SymInt[2] dilation, str backend) -> Tensor");
+      "tucker2_conv2d(Tensor x, Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, Tensor? residual, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str activation, str backend) -> Tensor");
   m.def(
-      "cp_conv2d(Tensor x, Tensor pointwise, Tensor vertical, Tensor horizontal, Tensor? bias, "
-      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str backend) -> Tensor");
+      "cp_conv2d(Tensor x, Tensor pointwise, Tensor vertical, Tensor horizontal, Tensor? bias, Tensor? "
+      "residual, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str activation, str backend) -> Tensor");
+  m.def(
+      "tucker2_conv2d_backward(Tensor grad, Tensor x, Tensor w_in, Tensor core, Tensor w_out, SymInt[2] "
+      "stride, "
+      "SymInt[2] padding, SymInt[2] dilation, bool[4] needs, str backend) -> Tensor[]");
+  m.def(
+      "cp_conv2d_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor vertical, Tensor horizontal, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[4] needs, str backend) -> Tensor[]");
   m.def("nuclear_norm(Tensor[] matrices, str backend, str on_nonfinite) -> Tensor");
   m.def("nuclear_subgradient(Tensor[] matrices, float? energy, str backend, str on_nonfinite) -> Tensor[]");
   m.def(
@@ -36,6 +44,12 @@ STABLE_TORCH_LIBRARY(fastrank, m) {
   m.def(
       "launch_funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, "
       "Tensor(a!)[] grads) -> ()");
+  m.def(
+      "launch_tucker2_pack(Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, bool flip, int split, "
+      "Tensor(a!) packed) -> ()");
+  m.def(
+      "launch_tucker2(Tensor x, Tensor packed, Tensor? residual, Tensor(a!) out, int[] shape, int[] stride, "
+      "int[] padding, int[] dilation, int activation) -> ()");
   m.def(
       "launch_spectral(Tensor[] matrices, Tensor(a!)[] outs, int[] places, bool subgradient, float energy, "
       "int[] limits, Tensor(b!) ranks, Tensor(c!) status, Tensor(d!) state, Tensor(e!) workspace) -> ()");

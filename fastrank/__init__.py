@@ -3,6 +3,7 @@
 from fastrank import complexity, data, decompose, latency, methods, models, nn, ops, prune, ranks, regularize, train
 from fastrank._version import __version__
 from fastrank.convert import compress
+from fastrank.fuse import fuse_for_inference
 from fastrank.io import load, save
 from fastrank.methods import make_plan
 from fastrank.plan import LayerPlan, Plan
@@ -15,6 +16,7 @@ __all__ = [
     "compress",
     "data",
     "decompose",
+    "fuse_for_inference",
     "latency",
     "load",
     "make_plan",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from typing import Any
 
 import torch
 
-from fastrank import _backends, _native
+from fastrank import _backends, _native, _tables
 from fastrank._version import __version__
 
 PACKAGES = ("triton", "torchvision", "timm", "numpy", "safetensors", "scikit-learn", "matplotlib", "tensorly")
@@ -22,7 +21,7 @@ def collect() -> dict[str, Any]:
         "fastrank": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": {"name": _cpu_name(), "threads": torch.get_num_threads()},
+        "cpu": {"name": _tables.cpu_name(), "threads": torch.get_num_threads()},
         "torch": {
             "version": torch.__version__,
             "cuda": torch.version.cuda,
@@ -68,12 +67,3 @@ def _gpu(index: int) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
     }
-
-
-def _cpu_name() -> str:
-    if os.path.isfile("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrank import _checks, _files, models
+from fastrank.fuse import FusedModel
 from fastrank.models.detection import OPTIONS
 from fastrank.models.identify import identify
 from fastrank.nn import (
@@ -46,10 +47,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The header holds where the architecture comes from (a name for `models.build`; torchvision and timm networks built
     elsewhere are recognised), every factored layer, the plan and the training flag. A model of unknown origin is saved
-    too; loading it then needs the dense model (see `load`).
+    too; loading it then needs the dense model (see `load`). What `fuse_for_inference` returns is refused.
     """
     if not isinstance(model, nn.Module):
         raise _checks.fail_type("model", "a torch.nn.Module", model)
+    if any(isinstance(module, FusedModel) for module in model.modules()):
+        expected = "as it was before fuse_for_inference (save that network, and fuse it again when it is loaded)"
+        raise _checks.fail("model", expected, "a fused one, which is a graph without an architecture to name")
     plan = getattr(model, "fastrank_plan", None)
     layers = {
         name: {"type": type(module).__name__, "config": module.config()}

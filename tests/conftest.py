@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports triton
+
+# No table that the user has tuned: what is chosen must not depend on the machine. (The folder is never made.)
+os.environ["FASTRANK_CACHE"] = os.path.join(tempfile.gettempdir(), "fastrank-tests-have-no-cache")
 
 # Workers of pytest-xdist share the cores.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))

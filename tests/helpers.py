@@ -227,11 +227,16 @@ class FactoredConvSuite:
         inputs = [lay_out(randn(2, 3, 6, 5), layout), *factors, randn(4, seed=2)]
         for needs in (True, False):
             own = [i.detach().requires_grad_(needs) for i in inputs]
-            torch.library.opcheck(self.overload(), (*own, (1, 2), (1, 0), (1, 1), "auto"))
+            residual = randn(*self.op(*own, stride=(1, 2), padding=(1, 0)).shape, seed=3).requires_grad_(needs)
+            for activation in ("none", "relu", "silu"):
+                geometry = (1, 2), (1, 0), (1, 1)
+                torch.library.opcheck(self.overload(), (*own, residual, *geometry, activation, "auto"))
 
     def test_opcheck_without_bias_and_without_images(self):
         factors = [f.requires_grad_() for f in self.factors(3, 4, (3, 3), 2, torch.float32)]
-        torch.library.opcheck(self.overload(), (randn(0, 3, 6, 5), *factors, None, (1, 1), (1, 1), (1, 1), "dense"))
+        torch.library.opcheck(
+            self.overload(), (randn(0, 3, 6, 5), *factors, None, None, *[(1, 1)] * 3, "none", "dense")
+        )
 
     def test_flop_formula_is_twice_the_multiply_adds(self):
         layer = self.layer()

@@ -53,6 +53,7 @@ def test_nothing_but_fastrank_is_installed(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastrank"}
     for name in (
         "fastrank/py.typed",
+        "fastrank/_tables/cpu.json",
         "fastrank/triton_kernels/gates.py",
         "fastrank/_build_info.json",
         "fastrank/cli/__init__.py",

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -16,13 +17,17 @@
 #define FASTRANK_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char fastrank_shared[]; \
   type* name = reinterpret_cast<type*>(fastrank_shared)
+// The same where the tensor cores read it: its first byte is a multiple of 1024.
+#define FASTRANK_SHARED_1024(type, name)                                  \
+  extern __shared__ __align__(1024) unsigned char fastrank_shared_1024[]; \
+  type* name = reinterpret_cast<type*>(fastrank_shared_1024)
 
 #else
 
 #include "common/host_shim.h"
 
-#define FASTRANK_SHARED(type, name) \
-  type* name = reinterpret_cast<type*>(fastrank::host::block().shared.data())
+#define FASTRANK_SHARED(type, name) type* name = reinterpret_cast<type*>(fastrank::host::block().shared())
+#define FASTRANK_SHARED_1024(type, name) FASTRANK_SHARED(type, name)
 
 #endif
 
@@ -45,7 +50,6 @@ __device__ __forceinline__ T from_float(float x) {
   return static_cast<T>(x);
 }
 
-#ifdef __CUDACC__
 __device__ __forceinline__ float to_float(__half x) {
   return __half2float(x);
 }
@@ -60,6 +64,29 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
-#endif
+
+// Two 16-bit numbers as one register, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_two(float low, float high) {
+  Pack<T, 2> both;
+  both.at[0] = from_float<T>(low), both.at[1] = from_float<T>(high);
+  uint32_t word;
+  memcpy(&word, &both, sizeof(word));
+  return word;
+}
+
+template <typename T>
+__device__ __forceinline__ float unpack_low(uint32_t word) {
+  Pack<T, 2> both;
+  memcpy(&both, &word, sizeof(word));
+  return to_float(both.at[0]);
+}
+
+template <typename T>
+__device__ __forceinline__ float unpack_high(uint32_t word) {
+  Pack<T, 2> both;
+  memcpy(&both, &word, sizeof(word));
+  return to_float(both.at[1]);
+}
 
 }  // namespace fastrank

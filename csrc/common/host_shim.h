@@ -1,7 +1,7 @@
-// Runs CUDA kernel source on the host: one fiber a thread, one block after the other.
+// Runs CUDA kernel source on the host: one fiber a thread, one cluster of blocks after the other.
 //
-// A fiber runs until it meets a barrier or a shuffle, then the next one of its warp runs; a warp runs as far
-// as a block barrier before the next warp starts. So results are deterministic, a missing block barrier shows
+// A fiber runs until it meets a barrier, a shuffle or a wait, then the next one of its warp runs; a warp runs
+// as far as it can before the next warp starts. So results are deterministic, a missing block barrier shows
 // as a wrong result, and a barrier that part of a block skips is an error instead of a hang. Shared memory is
 // filled with NaN bytes before each block, so that a read before the first write shows. Slow on purpose: it
 // exists so that tests run the GPU source on machines without a GPU.
@@ -9,6 +9,7 @@
 
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +19,10 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "common/host_types.h"
 
 struct dim3 {
   unsigned x, y, z;
@@ -39,37 +43,71 @@ namespace fastrank::host {
 constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = 64 * 1024;
 
-enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
+enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kWaiting, kDone };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   State state = State::kReady;
-  int shuffles = 0;
+  int exchanges = 0;
+  std::function<bool()> signal;  // what a waiting thread waits for
 };
 
-// The block that runs on this OS thread.
+// A barrier that a number of threads meet at, again and again.
+struct Meeting {
+  int arrived = 0;
+  unsigned round = 0;
+};
+
+// The cluster of blocks (mostly one) that runs on this OS thread.
 struct Block {
+  static constexpr std::size_t kSlotBytes = 16, kAlignment = 1024;
+
   ucontext_t scheduler;
   std::vector<Fiber> fibers;
-  std::vector<std::uint64_t>
-      slots;  // two a thread: consecutive shuffles alternate, so that one barrier each is enough
-  std::vector<unsigned char> shared;
+  // Two a thread: consecutive exchanges alternate, so that one barrier each is enough.
+  std::vector<std::array<unsigned char, kSlotBytes>> slots;
+  std::vector<unsigned char> memory;
+  std::vector<std::array<Meeting, 16>> named;
+  Meeting everyone;
   std::function<void()> body;
   std::exception_ptr error;
-  int threads = 0;
+  int threads = 0;  // of a block
+  int blocks = 1;
   int current = 0;
+  std::size_t stride = 0;  // between the shared memories of two blocks
 
-  void run(dim3 block, std::size_t shared_bytes);
+  void run(dim3 block, std::size_t shared_bytes, dim3 first, int count);
   void wait(State barrier) {
     Fiber& fiber = fibers[current];
     fiber.state = barrier;
     swapcontext(&fiber.context, &scheduler);
   }
+  void wait_until(std::function<bool()> signal) {
+    if (signal()) return;
+    fibers[current].signal = std::move(signal);
+    wait(State::kWaiting);
+  }
+  void meet(Meeting& meeting, int count) {
+    if (++meeting.arrived == count) {
+      meeting.arrived = 0;
+      ++meeting.round;
+      return;
+    }
+    const unsigned round = meeting.round;
+    wait_until([&meeting, round] { return meeting.round != round; });
+  }
+  int rank() const { return current / threads; }
+  unsigned char* shared(int rank) {
+    const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(memory.data());
+    return memory.data() + (kAlignment - start % kAlignment) % kAlignment +
+           stride * static_cast<std::size_t>(rank);
+  }
+  unsigned char* shared() { return shared(rank()); }
 
  private:
   void start(int thread);
-  bool advance(int first, int last, dim3 shape);
+  bool advance(int first, int last, dim3 shape, dim3 place);
   bool release(int first, int last, State barrier, const char* name);
 };
 
@@ -95,7 +133,7 @@ inline void Block::start(int thread) {
   fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = &scheduler;
   fiber.state = State::kReady;
-  fiber.shuffles = 0;
+  fiber.exchanges = 0;
   makecontext(&fiber.context, fiber_main, 0);
 }
 
@@ -116,77 +154,114 @@ inline bool Block::release(int first, int last, State barrier, const char* name)
   return true;
 }
 
-// Runs each ready thread in [first, last) up to its next barrier; whether there was any.
-inline bool Block::advance(int first, int last, dim3 shape) {
+// Runs each thread in [first, last) that can run up to its next barrier or wait; whether there was any.
+inline bool Block::advance(int first, int last, dim3 shape, dim3 place) {
   bool any = false;
   for (int t = first; t < last; ++t) {
-    if (fibers[t].state != State::kReady) continue;
+    Fiber& fiber = fibers[t];
+    if (fiber.state == State::kWaiting && fiber.signal()) fiber.state = State::kReady;
+    if (fiber.state != State::kReady) continue;
     any = true;
     current = t;
-    const unsigned u = static_cast<unsigned>(t);
+    const unsigned u = static_cast<unsigned>(t % threads);
     threadIdx = dim3(u % shape.x, u / shape.x % shape.y, u / (shape.x * shape.y));
-    swapcontext(&scheduler, &fibers[t].context);
+    blockIdx = place;
+    swapcontext(&scheduler, &fiber.context);
     if (error) std::rethrow_exception(error);
   }
   return any;
 }
 
-inline void Block::run(dim3 shape, std::size_t shared_bytes) {
+inline void Block::run(dim3 shape, std::size_t shared_bytes, dim3 place, int count) {
   threads = static_cast<int>(shape.x * shape.y * shape.z);
+  blocks = count;
   if (threads < 1 || threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
-  if (fibers.size() < static_cast<std::size_t>(threads)) fibers.resize(threads);
-  slots.assign(2 * static_cast<std::size_t>(threads), 0);
-  shared.assign(shared_bytes, 0xFF);
+  const int all = threads * blocks;
+  if (fibers.size() < static_cast<std::size_t>(all)) fibers.resize(all);
+  slots.assign(2 * static_cast<std::size_t>(all), {});
+  stride = (shared_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  memory.assign(stride * static_cast<std::size_t>(blocks) + kAlignment, 0xFF);
+  named.assign(blocks, {});
+  everyone = {};
   error = nullptr;
-  for (int t = 0; t < threads; ++t) start(t);
+  for (int t = 0; t < all; ++t) start(t);
   for (bool progress = true; progress;) {
     progress = false;
     bool all_done = true;
-    for (int first = 0; first < threads; first += kWarp) {
-      const int last = first + kWarp < threads ? first + kWarp : threads;
-      while (advance(first, last, shape) || release(first, last, State::kAtWarpBarrier, "warp"))
-        progress = true;
-      for (int t = first; t < last; ++t) all_done = all_done && fibers[t].state == State::kDone;
+    for (int b = 0; b < blocks; ++b) {
+      const dim3 here(place.x + b, place.y, place.z);
+      const int end = (b + 1) * threads;
+      for (int first = b * threads; first < end; first += kWarp) {
+        const int last = first + kWarp < end ? first + kWarp : end;
+        while (advance(first, last, shape, here) || release(first, last, State::kAtWarpBarrier, "warp"))
+          progress = true;
+        for (int t = first; t < last; ++t) all_done = all_done && fibers[t].state == State::kDone;
+      }
+      progress = release(b * threads, end, State::kAtBlockBarrier, "block") || progress;
     }
     if (all_done) return;
-    progress = release(0, threads, State::kAtBlockBarrier, "block") || progress;
   }
   throw std::runtime_error("the threads of a block wait at different barriers");
 }
 
-// The value that thread `source` of this warp passed to the same shuffle; one's own where there is no such
-// thread.
+// What every lane of this warp passed to the same exchange.
 template <typename T>
-T shuffle(T value, unsigned mask, int source_lane) {
-  static_assert(sizeof(T) <= sizeof(std::uint64_t), "a shuffle moves at most eight bytes");
+class Lanes {
+ public:
+  explicit Lanes(const T& value) {
+    static_assert(sizeof(T) <= Block::kSlotBytes, "an exchange moves at most sixteen bytes");
+    Block& b = block();
+    const int self = b.current, local = self % b.threads;
+    first_ = self - local % kWarp;
+    lanes_ = b.threads - (local - local % kWarp) < kWarp ? b.threads - (local - local % kWarp) : kWarp;
+    parity_ = b.fibers[self].exchanges++ & 1;
+    std::memcpy(b.slots[2 * self + parity_].data(), &value, sizeof(T));
+    b.wait(State::kAtWarpBarrier);
+  }
+  bool has(int lane) const { return lane >= 0 && lane < lanes_; }
+  T operator[](int lane) const {
+    T out;
+    std::memcpy(&out, block().slots[2 * (first_ + lane) + parity_].data(), sizeof(T));
+    return out;
+  }
+
+ private:
+  int first_, lanes_, parity_;
+};
+
+// The value that lane `source` of this warp passed to the same shuffle; one's own where there is no such
+// lane.
+template <typename T>
+T shuffle(T value, unsigned mask, int source) {
   if (mask != 0xffffffffu) throw std::runtime_error("the host build knows full-warp shuffles only");
+  const Lanes<T> lanes(value);
+  return lanes.has(source) ? lanes[source] : value;
+}
+
+inline int lane() {
+  return block().current % block().threads % kWarp;
+}
+
+// Runs the grid, `cluster` blocks along x at a time.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t shared_bytes,
+                     int cluster, const Arguments&... arguments) {
+  if (grid.x % cluster != 0) throw std::runtime_error("a grid is a multiple of its clusters");
+  gridDim = grid;
+  blockDim = threads;
   Block& b = block();
-  const int self = b.current, first = self / kWarp * kWarp;
-  const int parity = b.fibers[self].shuffles++ & 1;
-  std::memcpy(&b.slots[2 * self + parity], &value, sizeof(T));
-  b.wait(State::kAtWarpBarrier);
-  const int source = first + source_lane;
-  if (source_lane < 0 || source_lane >= kWarp || source >= b.threads) return value;
-  T out;
-  std::memcpy(&out, &b.slots[2 * source + parity], sizeof(T));
-  return out;
+  b.body = [&] { kernel(arguments...); };
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; x += cluster) b.run(threads, shared_bytes, dim3(x, y, z), cluster);
+    }
+  }
 }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t shared_bytes,
-            Arguments... arguments) {
-  gridDim = grid;
-  blockDim = threads;
-  Block& b = block();
-  b.body = [=] { kernel(arguments...); };
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        b.run(threads, shared_bytes);
-      }
-    }
-  }
+            const Arguments&... arguments) {
+  launch_clusters(kernel, grid, threads, shared_bytes, 1, arguments...);
 }
 
 }  // namespace fastrank::host
@@ -206,8 +281,7 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  return fastrank::host::shuffle(value, mask,
-                                 (fastrank::host::block().current % fastrank::host::kWarp) ^ lane_mask);
+  return fastrank::host::shuffle(value, mask, fastrank::host::lane() ^ lane_mask);
 }
 
 // One block runs after the other and one thread at a time: an update of memory needs no lock here.
@@ -231,6 +305,5 @@ inline float __uint_as_float(unsigned bits) {
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  const int lane = fastrank::host::block().current % fastrank::host::kWarp;
-  return fastrank::host::shuffle(value, mask, lane + static_cast<int>(delta));
+  return fastrank::host::shuffle(value, mask, fastrank::host::lane() + static_cast<int>(delta));
 }

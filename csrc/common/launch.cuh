@@ -24,6 +24,34 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t 
 #endif
 }
 
+// The same for blocks in clusters of `cluster` along x, with more shared memory than a launch has unasked.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t shared_bytes,
+                     int cluster, void* stream, const Arguments&... arguments) {
+#ifdef __CUDACC__
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared_bytes));
+  if (status == cudaSuccess) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute, config.numAttrs = cluster > 1 ? 1 : 0;
+    status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("a fastrank kernel could not be launched: ") +
+                             cudaGetErrorString(status));
+  }
+#else
+  (void)stream;
+  host::launch_clusters(kernel, grid, threads, shared_bytes, cluster, arguments...);
+#endif
+}
+
 // A grid dimension from a 64-bit count.
 inline unsigned grid_size(int64_t blocks) {
   if (blocks < 1 || blocks > 0x7fffffff) {

@@ -11,6 +11,7 @@ import fastrank
 from fastrank import complexity as _complexity
 from fastrank import io as _io
 from fastrank import ranks, recipe, report
+from fastrank.cli._bench import explain_layers, show_explained
 from fastrank.cli._common import Input, Json, Model, Root, app, blank, network_of, out, print_json, size_of
 from fastrank.convert import input_sizes, sites
 from fastrank.decompose import unfold
@@ -18,13 +19,29 @@ from fastrank.plan import Plan
 
 
 @app.command(epilog="Example: fastrank inspect torchvision:resnet18")
-def inspect(model: Model, input_size: Input = None, energy: float = 0.95, as_json: Json = False) -> None:
+def inspect(
+    model: Model,
+    input_size: Input = None,
+    energy: float = 0.95,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Of a compressed model: the backend of every layer, and why.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Images a batch that --explain is for.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
     """Show every convolution of a model with its energy ranks and costs, or a plan file as a table."""
     if model.endswith(".json"):
         _show_plan(Plan.load(model), as_json)
         return
     network = network_of(model)
     size = size_of(input_size, network)
+    if explain:
+        explained = explain_layers(network, size, batch)
+        if as_json:
+            print_json({"model": model, "input": list(size), "batch": batch, "layers": explained})
+        else:
+            show_explained(explained, f"{model} at {report.by((batch, *size))}: backends of the compressed layers")
+        return
     found, seen = _complexity.count(network, size), input_sizes(network, blank(network, size))
     rows: list[dict[str, Any]] = []
     for site in sites(network):

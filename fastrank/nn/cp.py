@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +10,22 @@ from torch import Tensor, nn
 from fastrank import _checks, decompose, ops, reference
 from fastrank._stages import ConvStage
 from fastrank.decompose.cp import max_rank
-from fastrank.nn._conv import FactoredConv2d, Pair, RankSum, adopt, geometry_of, init_uniform, require_factorable
-from fastrank.ops._conv import BACKEND_NAMES
+from fastrank.nn._conv import Pair, RankSum, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.nn._fused import FusedConv2d, like_batch
+from fastrank.nn._prepared import CP, Form
 
 
-class FusedCPConv(FactoredConv2d):
+class FusedCPConv(FusedConv2d):
     """Convolution with filters W[o] = Σ_r pointwise[r, o] ∘ vertical[r, o] ∘ horizontal[r, o].
 
     x (N, I, H, W) -> (N, O, H', W'). Parameters: pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw),
     bias (O,). rank: between 1 and kh·kw. The other arguments are those of `nn.Conv2d`; groups is 1. The initial
-    factors give outputs of the variance that `nn.Conv2d`'s default initialisation gives.
+    factors give outputs of the variance that `nn.Conv2d`'s default initialisation gives. activation and backend: as in
+    `FusedTucker2Conv`.
     Raises ValueError or TypeError, naming the argument, on wrong sizes and ranks.
     """
 
+    FORM: ClassVar[Form] = CP
     pointwise: nn.Parameter
     vertical: nn.Parameter
     horizontal: nn.Parameter
@@ -34,13 +37,13 @@ class FusedCPConv(FactoredConv2d):
         kernel_size: int | Pair,
         rank: int,
         *,
+        activation: str = "none",
         backend: str = "auto",
         **geometry: Any,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, **geometry)
+        super().__init__(in_channels, out_channels, kernel_size, activation=activation, backend=backend, **geometry)
         kh, kw = self.kernel_size
         self.rank = _checks.integer("rank", rank, 1, max_rank((out_channels, in_channels, kh, kw)))
-        self.backend = _checks.choice("backend", backend, BACKEND_NAMES)
         kind = {"device": geometry.get("device"), "dtype": geometry.get("dtype")}
         self.pointwise = nn.Parameter(torch.empty(rank, out_channels, in_channels, **kind))
         self.vertical = nn.Parameter(torch.empty(rank, out_channels, kh, **kind))
@@ -54,8 +57,7 @@ class FusedCPConv(FactoredConv2d):
         init_uniform(self.horizontal, 1 / self.kernel_size[1])
         self._init_bias()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, I, H, W) -> (N, O, H', W'), or the same without N."""
+    def _operate(self, x: Tensor, residual: Tensor | None) -> Tensor:
         batched, padding = self._padded(self._batched(x))
         out = ops.cp_conv2d(
             batched,
@@ -63,6 +65,8 @@ class FusedCPConv(FactoredConv2d):
             self.vertical,
             self.horizontal,
             self.bias,
+            residual=like_batch(x, residual),
+            activation=self.activation,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -83,7 +87,8 @@ class FusedCPConv(FactoredConv2d):
         return adopt(layer, conv, **factors._asdict())
 
     def to_dense(self) -> nn.Conv2d:
-        """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
+        """One `nn.Conv2d` with the merged kernel: the same function to rounding. ValueError with an activation."""
+        self._require_no_activation()
         with reference.linalg.full_precision(self.pointwise.device):
             merged = reference.conv.cp_weight(self.pointwise, self.vertical, self.horizontal)
         return self._plain(merged, bias=self.bias is not None)
@@ -91,7 +96,7 @@ class FusedCPConv(FactoredConv2d):
     def to_sequential(self) -> nn.Sequential:
         """Pointwise, vertical and horizontal plain convolutions and the sum over R: NORTON's block as published."""
         groups = self.rank * self.out_channels
-        return nn.Sequential(
+        return self._activated(
             self._plain(self.pointwise.flatten(0, 1)[:, :, None, None], where="none"),
             self._plain(self.vertical.flatten(0, 1)[:, None, :, None], where="vertical", groups=groups),
             self._plain(self.horizontal.flatten(0, 1)[:, None, None, :], where="horizontal", groups=groups),

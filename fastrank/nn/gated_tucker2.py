@@ -62,10 +62,13 @@ class GatedTucker2Conv(GatedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, I, H, W) -> (N, O, H', W'), or the same without N."""
         batched, padding = self._padded(self._batched(x))
+        factors = self.factors()
         out = ops.tucker2_conv2d(
             batched,
-            **self.factors(),
-            bias=self.bias,
+            factors["w_in"],
+            factors["core"],
+            factors["w_out"],
+            self.bias,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +10,22 @@ from torch import Tensor, nn
 from fastrank import _checks, decompose, ops, reference
 from fastrank._stages import ConvStage
 from fastrank.decompose.tucker import max_ranks
-from fastrank.nn._conv import FactoredConv2d, Pair, adopt, geometry_of, init_uniform, require_factorable
-from fastrank.ops._conv import BACKEND_NAMES
+from fastrank.nn._conv import Pair, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.nn._fused import FusedConv2d, like_batch
+from fastrank.nn._prepared import TUCKER2, Form
 
 
-class FusedTucker2Conv(FactoredConv2d):
+class FusedTucker2Conv(FusedConv2d):
     """Convolution with kernel W[o, i] = Σ w_out[o, r] core[r, s] w_in[s, i]; x (N, I, H, W) -> (N, O, H', W').
 
     Parameters: w_in (R_in, I), core (R_out, R_in, kh, kw), w_out (O, R_out), bias (O,). ranks = (R_in, R_out), or one
     int for both. The other arguments are those of `nn.Conv2d`; groups is 1. The initial factors give outputs of the
-    variance that `nn.Conv2d`'s default initialisation gives. backend: see `fastrank.ops.tucker2_conv2d`.
+    variance that `nn.Conv2d`'s default initialisation gives. activation: "none", "relu" or "silu", behind the
+    convolution and the residual that `forward` may be given. backend: see `fastrank.ops.tucker2_conv2d`.
     Raises ValueError or TypeError, naming the argument, on wrong sizes and ranks.
     """
 
+    FORM: ClassVar[Form] = TUCKER2
     w_in: nn.Parameter
     core: nn.Parameter
     w_out: nn.Parameter
@@ -34,15 +37,15 @@ class FusedTucker2Conv(FactoredConv2d):
         kernel_size: int | Pair,
         ranks: int | Pair,
         *,
+        activation: str = "none",
         backend: str = "auto",
         **geometry: Any,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, **geometry)
+        super().__init__(in_channels, out_channels, kernel_size, activation=activation, backend=backend, **geometry)
         self.ranks = _checks.pair("ranks", ranks, 1)
         limits = max_ranks((out_channels, in_channels, *self.kernel_size))
         for index in (0, 1):
             _checks.integer(f"ranks[{index}]", self.ranks[index], 1, limits[index])
-        self.backend = _checks.choice("backend", backend, BACKEND_NAMES)
         kind = {"device": geometry.get("device"), "dtype": geometry.get("dtype")}
         rank_in, rank_out = self.ranks
         self.w_in = nn.Parameter(torch.empty(rank_in, in_channels, **kind))
@@ -58,8 +61,7 @@ class FusedTucker2Conv(FactoredConv2d):
         init_uniform(self.w_out, 1 / (3 * rank_out))
         self._init_bias()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, I, H, W) -> (N, O, H', W'), or the same without N."""
+    def _operate(self, x: Tensor, residual: Tensor | None) -> Tensor:
         batched, padding = self._padded(self._batched(x))
         out = ops.tucker2_conv2d(
             batched,
@@ -67,6 +69,8 @@ class FusedTucker2Conv(FactoredConv2d):
             self.core,
             self.w_out,
             self.bias,
+            residual=like_batch(x, residual),
+            activation=self.activation,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -91,14 +95,15 @@ class FusedTucker2Conv(FactoredConv2d):
         return adopt(layer, conv, **factors._asdict())
 
     def to_dense(self) -> nn.Conv2d:
-        """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
+        """One `nn.Conv2d` with the merged kernel: the same function to rounding. ValueError with an activation."""
+        self._require_no_activation()
         with reference.linalg.full_precision(self.core.device):
             merged = reference.conv.tucker2_weight(self.w_in, self.core, self.w_out)
         return self._plain(merged, bias=self.bias is not None)
 
     def to_sequential(self) -> nn.Sequential:
         """Three plain convolutions 1×1 → kh×kw → 1×1, for export and comparison."""
-        return nn.Sequential(
+        return self._activated(
             self._plain(self.w_in[:, :, None, None], where="none"),
             self._plain(self.core),
             self._plain(self.w_out[:, :, None, None], where="none", bias=self.bias is not None),

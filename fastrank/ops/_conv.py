@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,28 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastrank import _backends, _checks
 from fastrank.ops import _register
+from fastrank.reference.conv import ACTIVATIONS, epilogue, epilogue_backward
 
 Pair = tuple[int, int]
 Shape = tuple[int, ...]
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 BACKEND_NAMES = _backends.NAMES
+
+
+# (x, residual, out, activation): out = activation(convolution of x + bias + residual), of x's memory format, not empty.
+Launch = Callable[[Tensor, Tensor | None, Tensor, str], None]
+
+
+class Kernels(Protocol):
+    """One backend's kernels of a factored convolution, over outputs that are allocated here."""
+
+    def prepare(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, geometry: Geometry) -> Launch:
+        """What serves inputs of the shape, kind and layout of x; it keeps copies of the weights, and nothing of x."""
+
+    def backward(
+        self, grad: Tensor, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of (x, *factors), None where `needs` is False; nothing is empty."""
 
 
 def same_padding(kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:
@@ -26,7 +44,7 @@ def same_padding(kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:
 
 def conv_geometry(
     x: Tensor, kernel: Pair, stride: int | Pair, padding: int | Pair | str, dilation: int | Pair
-) -> tuple[Tensor, tuple[Pair, Pair, Pair]]:
+) -> tuple[Tensor, Geometry]:
     """x and the checked (stride, padding, dilation) as pairs.
 
     The zeros that a padding string asks for on one side only are appended to x: the first stage has no bias, so
@@ -59,20 +77,79 @@ def convolve(
     x: Tensor,
     factors: dict[str, Tensor],
     bias: Tensor | None,
+    residual: Tensor | None,
     kernel: Pair,
     stride: int | Pair,
     padding: int | Pair | str,
     dilation: int | Pair,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """Call the operator `name` on factors whose shapes are checked: autocast, one kind of tensor, geometry."""
     _checks.choice("backend", backend, BACKEND_NAMES)
-    cast: Any = _register.autocast(x, *factors.values(), bias)
-    x, *values, bias = cast
-    _checks.same_kind(x=x, **dict(zip(factors, values, strict=True)), bias=bias)
+    _checks.choice("activation", activation, ACTIVATIONS)
+    cast: Any = _register.autocast(x, *factors.values(), bias, residual)
+    x, *values, bias, residual = cast
+    _checks.same_kind(x=x, **dict(zip(factors, values, strict=True)), bias=bias, residual=residual)
     x, geometry = conv_geometry(x, kernel, stride, padding, dilation)
-    out: Tensor = getattr(torch.ops.fastrank, name)(x, *values, bias, *geometry, backend)
+    if residual is not None:
+        _checks.tensor("residual", residual, _out_shape(name, x, values, geometry), "the output's shape")
+    out: Tensor = getattr(torch.ops.fastrank, name)(x, *values, bias, residual, *geometry, activation, backend)
     return out
+
+
+def _out_shape(name: str, x: Tensor, factors: Sequence[Tensor], geometry: Geometry) -> Shape:
+    out_channels, kernel = OUT_SHAPES[name](*(factor.shape for factor in factors))
+    return (x.shape[0], out_channels, *out_size((x.shape[2], x.shape[3]), kernel, geometry))
+
+
+def out_size(size: Pair, kernel: Pair, geometry: Geometry) -> Pair:
+    """(H', W') of a convolution of an (H, W) map, which is not checked."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, *geometry, strict=True)
+    )
+    return height, width
+
+
+def work_of(name: str, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, call: str) -> _backends.ConvWork:
+    """A call of the operator as tables know it."""
+    out_channels, kernel = OUT_SHAPES[name](*(factor.shape for factor in factors))
+    return _backends.ConvWork(
+        batch=x.shape[0],
+        in_channels=x.shape[1],
+        out_channels=out_channels,
+        size=(x.shape[2], x.shape[3]),
+        kernel=kernel,
+        ranks=_ranks(factors),
+        stride=geometry[0],
+        padding=geometry[1],
+        dilation=geometry[2],
+        channels_last=_register.memory_format(x) is torch.channels_last,
+        call=call,
+    )
+
+
+def _facts(name: str, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, call: str) -> _backends.Facts:
+    return _backends.facts(name, x, work_of(name, x, factors, geometry, call))
+
+
+def empty(x: Tensor, shape: Shape) -> Tensor:
+    """An output of x's kind and memory format."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_register.memory_format(x))
+
+
+def like(grad: Tensor, t: Tensor) -> Tensor:
+    """`grad` in the memory format of t."""
+    return grad.contiguous(memory_format=_register.memory_format(t))
+
+
+def _ranks(factors: Sequence[Tensor]) -> Pair:
+    """(R_in, R_out) of a Tucker-2 triple; (R, R) of CP factors."""
+    return (factors[1].shape[1], factors[1].shape[0]) if factors[1].dim() == 4 else (factors[0].shape[0],) * 2
+
+
+OUT_SHAPES: dict[str, Callable[..., tuple[int, Pair]]] = {}
+KERNELS: dict[str, Mapping[str, Kernels]] = {}
 
 
 def register_convolution(
@@ -81,39 +158,120 @@ def register_convolution(
     *,
     sequence: Callable[..., Tensor],
     merge: Callable[..., Tensor],
+    merge_backward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor | None, ...]],
     macs: Callable[..., Iterable[int]],
+    out_shape: Callable[..., tuple[int, Pair]],
+    kernels: Mapping[str, Kernels] = {},
 ) -> None:
-    """Register ``name(x, *factors, bias, stride, padding, dilation, backend)``, a convolution by three factors.
+    """Register ``name(x, *factors, bias, residual, stride, padding, dilation, activation, backend)``.
 
     sequence: the plain-PyTorch truth, of the operator's arguments but the backend; merge: factors -> dense kernel;
-    backward: (grad, x, *factors, *geometry, needs) -> gradients of x and the factors; macs: multiply-adds of each
-    stage from (shapes of the factors, (H, W), (H', W')).
+    merge_backward: (gradient of that kernel, *factors) -> gradients of the factors; backward: (grad, x, *factors,
+    *geometry, needs) -> gradients of x and the factors; macs: multiply-adds of each stage from (shapes of the factors,
+    (H, W), (H', W')); out_shape: shapes of the factors -> (O, (kh, kw)); kernels: what serves the other backends.
     """
+    OUT_SHAPES[name], KERNELS[name] = out_shape, kernels
 
     def forward(x: Tensor, *arguments: Any) -> Tensor:
-        *tensors, bias, stride, padding, dilation, backend = arguments
-        if _backends.choose(_backends.facts(name, x), backend) == "dense":
-            out = F.conv2d(x, merge(*tensors), bias, stride, padding, dilation)
+        *tensors, bias, residual, stride, padding, dilation, activation, backend = arguments
+        geometry = (tuple(stride), tuple(padding), tuple(dilation))
+        memory_format = _register.memory_format(x)
+        chosen = _backends.choose(_facts(name, x, tensors, geometry, "forward"), backend)
+        if chosen in kernels:
+            out = empty(x, _out_shape(name, x, tensors, geometry))
+            if out.numel():
+                kernels[chosen].prepare(x, tensors, bias, geometry)(x, residual, out, activation)
+            return out
+        if chosen == "dense":
+            out = epilogue(F.conv2d(x, merge(*tensors), bias, *geometry), residual, activation)
         else:
-            out = sequence(x, *tensors, bias, stride, padding, dilation)
-        return out.contiguous(memory_format=_register.memory_format(x))
+            out = sequence(x, *tensors, bias, residual, *geometry, activation)
+        return out.contiguous(memory_format=memory_format)
+
+    def fake(x: Tensor, *arguments: Any) -> Tensor:
+        *tensors, _, _, stride, padding, dilation, _, _ = arguments
+        return empty(x, _out_shape(name, x, tensors, (stride, padding, dilation)))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, _, stride, padding, dilation, _ = inputs
-        ctx.geometry = stride, padding, dilation
-        ctx.save_for_backward(*tensors)
+        *tensors, bias, residual, stride, padding, dilation, activation, backend = inputs
+        ctx.options = (tuple(stride), tuple(padding), tuple(dilation)), activation, backend
+        ctx.save_for_backward(
+            *tensors,
+            bias if activation == "silu" else None,
+            residual if activation == "silu" else None,
+            output if activation == "relu" else None,
+        )
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = backward(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:4])
-        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
-        return (*grads, grad_bias, None, None, None, None)
+        (*tensors, bias, residual, output), (geometry, activation, backend) = ctx.saved_tensors, ctx.options
+        before = None
+        if activation == "silu":
+            before = getattr(torch.ops.fastrank, name)(*tensors, bias, residual, *geometry, "none", backend)
+        grad = epilogue_backward(grad, before, output, activation)
+        x, *values = tensors
+        needs = list(ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # a second differentiation goes through operators whose derivatives torch knows
+            library = "dense" if backend == "dense" else "sequence"
+            grads = list(differentiate(grad, x, values, geometry, needs[:4], library))
+        else:
+            found = iter(differentiate_now(grad, x, *values, *geometry, needs[:4], backend))
+            grads = [next(found) if need else None for need in needs[:4]]
+        return (
+            *grads,
+            grad.sum((0, 2, 3)) if needs[4] else None,
+            grad if needs[5] else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+    def differentiate(
+        grad: Tensor, x: Tensor, values: Sequence[Tensor], geometry: Geometry, needs: Sequence[bool], chosen: str
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of (x, *values), None where not needed, by differentiable operators unless `chosen` is a kernel."""
+        if chosen in kernels and grad.numel():
+            return kernels[chosen].backward(grad, x, values, geometry, needs)
+        if chosen != "dense":
+            return backward(grad, x, *values, *geometry, needs)
+        weight = merge(*values)
+        need_weight = any(needs[1:])
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *geometry, False, (0, 0), 1, (needs[0], need_weight, False)
+        )
+        factors_too = merge_backward(grad_weight, *values) if need_weight else (None,) * len(values)
+        return (grad_x, *(g if need else None for g, need in zip(factors_too, needs[1:], strict=True)))
+
+    def backward_now(grad: Tensor, *arguments: Any) -> list[Tensor]:
+        x, *values, stride, padding, dilation, needs, backend = arguments
+        geometry = (tuple(stride), tuple(padding), tuple(dilation))
+        chosen = _backends.choose(_facts(name, x, values, geometry, "backward"), backend)
+        found = differentiate(grad, x, values, geometry, needs, chosen)
+        return [like(g, t) for g, t in zip(found, (x, *values), strict=True) if g is not None]
+
+    def backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+        *tensors, _, _, _, needs, _ = arguments
+        return [empty(t, t.shape) for t, need in zip(tensors, needs, strict=True) if need]
 
     tensors = ", ".join(f"Tensor {factor}" for factor in factors)
-    schema = f"{name}(Tensor x, {tensors}, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    _register.register(f"{schema}str backend) -> Tensor", forward, setup_context=setup_context, backward=gradients)
+    schema = f"{name}(Tensor x, {tensors}, Tensor? bias, Tensor? residual, "
+    schema += "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str activation, str backend) -> Tensor"
+    _register.register(schema, forward, fake=fake, setup_context=setup_context, backward=gradients)
+    schema = f"{name}_backward(Tensor grad, Tensor x, {tensors}, "
+    schema += "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[4] needs, str backend) -> Tensor[]"
+    _register.register(schema, backward_now, fake=backward_fake)
+    differentiate_now = getattr(torch.ops.fastrank, f"{name}_backward")
 
     @register_flop_formula(getattr(torch.ops.fastrank, name))
     def flops(x: Shape, *shapes: Any, out_shape: Shape, **_: object) -> int:
         """Two floating-point operations a multiply-add, of the stages as `sequence` runs them."""
         return 2 * x[0] * sum(macs(*shapes[:3], x[2:], out_shape[2:]))
+
+    @register_flop_formula(differentiate_now)
+    def backward_flops(_: Shape, x: Shape, *arguments: Any, out_shape: Any, **__: object) -> int:
+        """The same of the gradients that are needed, and of the two maps that are computed again."""
+        *shapes, stride, padding, dilation, needs, _ = arguments
+        size = out_size((x[2], x[3]), OUT_SHAPES[name](*shapes)[1], (stride, padding, dilation))
+        first, middle, last = macs(*shapes, x[2:], size)
+        need_x, need_first, need_middle, need_last = needs
+        below = need_x or need_first
+        steps = (need_x + need_first) * first + (below + need_middle) * middle
+        return int(2 * x[0] * (first + middle + steps + ((below or need_middle) + need_last) * last))

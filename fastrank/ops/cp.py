@@ -15,20 +15,26 @@ def cp_conv2d(
     horizontal: Tensor,
     bias: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
+    activation: str = "none",
     stride: int | Pair = 1,
     padding: int | Pair | str = 0,
     dilation: int | Pair = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Convolve with filters in CP form, W[o] = Σ_r pointwise[r, o] ∘ vertical[r, o] ∘ horizontal[r, o] (NORTON).
+    """activation(convolution of x + bias + residual), the filters in CP form (NORTON).
 
-    Shapes: x (N, I, H, W), pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw), bias (O,)
-    -> (N, O, H', W'). The vertical pass strides along H, the horizontal one along W; padding may be "same" or "valid"
-    (zeros). The output keeps x's memory format. Differentiable in every tensor, twice; the backward pass recomputes
+    Filter o is W[o] = Σ_r pointwise[r, o] ∘ vertical[r, o] ∘ horizontal[r, o].
+    Shapes: x (N, I, H, W), pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw), bias (O,),
+    residual (N, O, H', W') -> (N, O, H', W'). The vertical pass strides along H, the horizontal one along W; padding
+    may be "same" or "valid" (zeros). activation: "none" | "relu" | "silu". Tensors are of one dtype and device and of
+    any strides; the output has x's memory format. Differentiable in every tensor, twice; the backward pass recomputes
     the intermediate maps. Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
 
-    backend: "auto" | "sequence" (library convolutions and a sum) | "dense" (one, with the merged kernel) | "reference".
-    Raises ValueError or TypeError, naming the argument, on a wrong shape, dtype, device or size.
+    backend: "auto" (by tables of measured times) | "sequence" (library convolutions and a sum) | "dense" (one, with
+    the merged kernel) | "reference". There are no fused kernels: "triton" and "cuda" are refused.
+    Raises ValueError or TypeError, naming the argument, on a wrong shape, dtype, device or size, and ValueError with
+    the reason where a named backend cannot run the call.
     """
     _checks.tensor("x", x, (None, None, None, None), "(N, I, H, W)")
     _checks.tensor("pointwise", pointwise, (None, None, x.shape[1]), "(R, O, I)")
@@ -42,7 +48,8 @@ def cp_conv2d(
         _checks.tensor("bias", bias, (out_channels,), "(O,)")
     factors = {"pointwise": pointwise, "vertical": vertical, "horizontal": horizontal}
     kernel = vertical.shape[2], horizontal.shape[2]
-    return convolve("cp_conv2d", x, factors, bias, kernel, stride, padding, dilation, backend)
+    geometry = kernel, stride, padding, dilation
+    return convolve("cp_conv2d", x, factors, bias, residual, *geometry, activation, backend)
 
 
 def _macs(pointwise: Shape, vertical: Shape, horizontal: Shape, in_size: Pair, out_size: Pair) -> tuple[int, ...]:
@@ -59,6 +66,8 @@ register_convolution(
     ("pointwise", "vertical", "horizontal"),
     sequence=reference.conv.cp_conv2d,
     merge=reference.conv.cp_weight,
+    merge_backward=reference.conv.cp_weight_backward,
     backward=reference.conv.cp_conv2d_backward,
     macs=_macs,
+    out_shape=lambda pointwise, vertical, horizontal: (pointwise[1], (vertical[2], horizontal[2])),
 )

@@ -15,6 +15,25 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 ONE, ZERO = (1, 1), (0, 0)
+ACTIVATIONS = ("none", "relu", "silu")
+
+
+def epilogue(out: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """activation(out + residual): what follows a convolution in a network."""
+    out = out if residual is None else out + residual
+    return out if activation == "none" else F.relu(out) if activation == "relu" else F.silu(out)
+
+
+def epilogue_backward(grad: Tensor, before: Tensor | None, after: Tensor | None, activation: str) -> Tensor:
+    """The gradient ahead of the activation, from its result (relu) or its argument (silu)."""
+    if activation == "relu":
+        assert after is not None
+        return grad * (after > 0)
+    if activation == "silu":
+        assert before is not None
+        gate = before.sigmoid()
+        return grad * gate * (1 + before * (1 - gate))
+    return grad
 
 
 def tucker2_conv2d(
@@ -23,22 +42,36 @@ def tucker2_conv2d(
     core: Tensor,
     w_out: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    activation: str,
 ) -> Tensor:
-    """1×1 (I→R_in), kh×kw (R_in→R_out; stride, padding and dilation here), 1×1 (R_out→O; bias here).
+    """1×1 (I→R_in), kh×kw (R_in→R_out; stride, padding and dilation here), 1×1 (R_out→O; bias here), `epilogue`.
 
-    x (N, I, H, W), w_in (R_in, I), core (R_out, R_in, kh, kw), w_out (O, R_out), bias (O,) -> (N, O, H', W').
+    x (N, I, H, W), w_in (R_in, I), core (R_out, R_in, kh, kw), w_out (O, R_out), bias (O,), residual (N, O, H', W')
+    -> (N, O, H', W').
     """
     z = F.conv2d(x, w_in[:, :, None, None])
     z = F.conv2d(z, core, None, stride, padding, dilation)
-    return F.conv2d(z, w_out[:, :, None, None], bias)
+    return epilogue(F.conv2d(z, w_out[:, :, None, None], bias), residual, activation)
 
 
 def tucker2_weight(w_in: Tensor, core: Tensor, w_out: Tensor) -> Tensor:
     """The dense kernel (O, I, kh, kw) that a Tucker-2 triple stands for."""
     return torch.einsum("or,rsyx,si->oiyx", w_out, core, w_in)
+
+
+def tucker2_weight_backward(grad: Tensor, w_in: Tensor, core: Tensor, w_out: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of (w_in, core, w_out) from the gradient (O, I, kh, kw) of the kernel."""
+    half = torch.einsum("oiyx,si->osyx", grad, w_in)
+    other = torch.einsum("or,rsyx->osyx", w_out, core)
+    return (
+        torch.einsum("osyx,oiyx->si", other, grad),
+        torch.einsum("or,osyx->rsyx", w_out, half),
+        torch.einsum("osyx,rsyx->or", half, core),
+    )
 
 
 def tucker2_conv2d_backward(
@@ -70,14 +103,16 @@ def cp_conv2d(
     vertical: Tensor,
     horizontal: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    activation: str,
 ) -> Tensor:
     """Pointwise I→R·O, vertical depthwise (stride (s, 1)), horizontal depthwise (stride (1, s)), sum over R, bias once.
 
-    x (N, I, H, W), pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw), bias (O,) -> (N, O, H', W').
-    Channel index of the intermediate maps: r·O + o.
+    x (N, I, H, W), pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw), bias (O,), residual (N, O, H', W')
+    -> (N, O, H', W'), after `epilogue`. Channel index of the intermediate maps: r·O + o.
     """
     rank, out_channels, _ = pointwise.shape
     z = F.conv2d(x, _pointwise4(pointwise))
@@ -88,12 +123,23 @@ def cp_conv2d(
     out = torch.unflatten(z, 1, (rank, out_channels)).sum(1)
     if bias is not None:
         out = out + bias[:, None, None]
-    return out
+    return epilogue(out, residual, activation)
 
 
 def cp_weight(pointwise: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
     """The dense kernel (O, I, kh, kw): filter o is Σ_r pointwise[r, o] ∘ vertical[r, o] ∘ horizontal[r, o]."""
     return torch.einsum("roi,roy,rox->oiyx", pointwise, vertical, horizontal)
+
+
+def cp_weight_backward(grad: Tensor, pointwise: Tensor, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of (pointwise, vertical, horizontal) from the gradient (O, I, kh, kw) of the kernel."""
+    over_i = torch.einsum("oiyx,roi->royx", grad, pointwise)
+    outer = torch.einsum("roy,rox->royx", vertical, horizontal)
+    return (
+        torch.einsum("oiyx,royx->roi", grad, outer),
+        torch.einsum("royx,rox->roy", over_i, horizontal),
+        torch.einsum("royx,roy->rox", over_i, vertical),
+    )
 
 
 def cp_conv2d_backward(
