@@ -21,6 +21,7 @@ from tucker2_cases import (
     factors_of,
     guarded,
     judge,
+    rounding_spread,
     three_convolutions,
     untouched,
 )
@@ -74,6 +75,7 @@ def test_any_convolution_on_the_host(
         out,
         three_convolutions(x, factors, shift, added, geometry, activation),
         reference.conv.tucker2_conv2d(*wide, *geometry, activation),  # type: ignore[arg-type]
+        rounding_spread(x, factors, shift, added, geometry, EPS[dtype]),
     )
     assert untouched(block)
 
