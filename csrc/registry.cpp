@@ -18,32 +18,54 @@ STABLE_TORCH_LIBRARY(fastrank, m) {
   m.def(
       "cp_conv2d_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor vertical, Tensor horizontal, "
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[4] needs, str backend) -> Tensor[]");
+  m.def(
+      "channel_svd_conv2d(Tensor x, Tensor first, Tensor second, Tensor? bias, Tensor? residual, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str activation, str backend) -> Tensor");
+  m.def(
+      "spatial_svd_conv2d(Tensor x, Tensor first, Tensor second, Tensor? bias, Tensor? residual, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str activation, str backend) -> Tensor");
+  m.def(
+      "decoupled_svd_conv2d(Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, Tensor? residual, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str activation, str backend) -> Tensor");
+  m.def(
+      "channel_svd_conv2d_backward(Tensor grad, Tensor x, Tensor first, Tensor second, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[3] needs, str backend) -> Tensor[]");
+  m.def(
+      "spatial_svd_conv2d_backward(Tensor grad, Tensor x, Tensor first, Tensor second, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[3] needs, str backend) -> Tensor[]");
+  m.def(
+      "decoupled_svd_conv2d_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[3] needs, str backend) -> Tensor[]");
   m.def("nuclear_norm(Tensor[] matrices, str backend, str on_nonfinite) -> Tensor");
   m.def("nuclear_subgradient(Tensor[] matrices, float? energy, str backend, str on_nonfinite) -> Tensor[]");
   m.def(
       "project_energy(Tensor[] matrices, float energy, str backend, str on_nonfinite) -> "
       "(Tensor[] projected, Tensor ranks)");
   m.def("polar_factors(Tensor[] matrices, float tolerance, str backend) -> Tensor[]");
-  m.def("gated_factor(Tensor direction, Tensor gate, str backend) -> Tensor");
+  m.def("gated_factors(Tensor[] directions, Tensor[] gates, str backend) -> Tensor[]");
   m.def(
-      "gated_factor_backward(Tensor grad, Tensor direction, Tensor gate, str backend) -> "
-      "(Tensor grad_direction, Tensor grad_gate)");
+      "gated_factors_backward(Tensor[] grads, Tensor[] directions, Tensor[] gates, str backend) -> "
+      "(Tensor[] grad_directions, Tensor[] grad_gates)");
   m.def("funnel_penalty(Tensor[] gates, float c, bool normalized, str backend) -> Tensor");
   m.def(
       "funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, str backend) -> "
       "Tensor[]");
+  m.def("funnel_proximal_(Tensor(a!)[] gates, float eta, float c, str penalty, str backend) -> ()");
+  m.def("count_below(Tensor[] gates, float threshold, str backend) -> Tensor");
 
   // The CUDA kernels behind them, over outputs that the caller allocates. Implemented in fastrank._C_cuda.
-  m.def("launch_gated_factor(Tensor direction, Tensor gate, Tensor(a!) out) -> ()");
+  m.def("launch_gated_factors(Tensor[] directions, Tensor[] gates, Tensor(a!)[] outs) -> ()");
   m.def(
-      "launch_gated_factor_backward(Tensor grad, Tensor direction, Tensor gate, Tensor(a!) grad_direction, "
-      "Tensor(b!) grad_gate) -> ()");
+      "launch_gated_factors_backward(Tensor[] grads, Tensor[] directions, Tensor[] gates, "
+      "Tensor(a!)[] grad_directions, Tensor(b!)[] grad_gates) -> ()");
   m.def(
       "launch_funnel_penalty(Tensor[] gates, float c, bool normalized, Tensor(a!) partials, Tensor(b!) out) "
       "-> ()");
   m.def(
       "launch_funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, "
       "Tensor(a!)[] grads) -> ()");
+  m.def("launch_funnel_proximal(Tensor(a!)[] gates, float eta, float c, float threshold, int penalty) -> ()");
+  m.def("launch_count_below(Tensor[] gates, float threshold, Tensor(a!) counts) -> ()");
   m.def(
       "launch_tucker2_pack(Tensor w_in, Tensor core, Tensor w_out, Tensor? bias, bool flip, int split, "
       "Tensor(a!) packed) -> ()");

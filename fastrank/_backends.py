@@ -70,8 +70,13 @@ class Facts:
 BACKENDS: dict[str, tuple[str, ...]] = {
     "gated_factor": ("reference", "triton", "cuda", "host"),
     "funnel_penalty": ("reference", "triton", "cuda", "host"),
-    "tucker2_conv2d": ("sequence", "dense", "reference", "triton", "cuda", "host"),
-    "cp_conv2d": ("sequence", "dense", "reference"),
+    "funnel_proximal_": ("reference", "triton", "cuda", "host"),
+    "count_below": ("reference", "triton", "cuda", "host"),
+    "tucker2_conv2d": (*_tables.LIBRARY["tucker2_conv2d"], "reference", "triton", "cuda", "host"),
+    "cp_conv2d": (*_tables.LIBRARY["cp_conv2d"], "reference", "triton"),
+    "channel_svd_conv2d": (*_tables.LIBRARY["channel_svd_conv2d"], "reference", "triton"),
+    "spatial_svd_conv2d": (*_tables.LIBRARY["spatial_svd_conv2d"], "reference"),
+    "decoupled_svd_conv2d": (*_tables.LIBRARY["decoupled_svd_conv2d"], "reference", "triton"),
     "svd": ("reference", "gram", "cuda", "host"),
     "nuclear_norm": ("reference", "gram", "cuda", "host"),
     "nuclear_subgradient": ("reference", "gram", "cuda", "host"),
@@ -81,7 +86,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 # What won in bench/results/linalg-cpu.json. A backend that cannot run a call is passed over.
 SPECTRAL = ("svd", "nuclear_norm", "nuclear_subgradient", "project_energy")
 AUTO: dict[tuple[str, str], str] = {(op, "cpu"): "gram" for op in SPECTRAL}
-NAMES = ("auto", "reference", "gram", "triton", "cuda", "host", "sequence", "dense")
+NAMES = ("auto", "reference", "gram", "triton", "cuda", "host", "sequence", "depthwise", "dense")
 TRITON_REACH = 1024  # MAX_REACH of triton_kernels/tucker2_plan.py
 
 
@@ -114,7 +119,7 @@ def facts(op: str, x: Tensor, work: ConvWork | None = None) -> Facts:
 
 
 def can_run_library(facts: Facts) -> Verdict:
-    """reference, sequence and dense are plain PyTorch: they run wherever torch does."""
+    """reference, sequence, depthwise and dense are plain PyTorch: they run wherever torch does."""
     return Verdict(True)
 
 
@@ -131,7 +136,11 @@ def can_run_triton(facts: Facts) -> Verdict:
         return Verdict(False, facts.missing_triton)
     if facts.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return Verdict(False, f"the Triton kernels take float32, float16 and bfloat16, not {facts.dtype}")
-    fits = fits_triton_tucker2(facts.work) if facts.op == "tucker2_conv2d" and facts.work else Verdict(True)
+    fits = Verdict(True)
+    if facts.work and facts.op in ("tucker2_conv2d", "channel_svd_conv2d"):
+        fits = fits_triton_tucker2(facts.work, facts.op == "tucker2_conv2d")
+    if facts.work and facts.op in ("cp_conv2d", "decoupled_svd_conv2d"):
+        fits = fits_triton_depthwise(facts.work)
     if facts.device == "cuda" and not facts.interpreter:
         return fits
     if facts.device == "cpu" and facts.interpreter:
@@ -143,8 +152,26 @@ def can_run_triton(facts: Facts) -> Verdict:
     )
 
 
-def fits_triton_tucker2(work: ConvWork) -> Verdict:
-    """The limits of triton_kernels/tucker2.py: pixels and weights are counted in 32 bits, elements of maps in 64."""
+def fits_triton_tucker2(work: ConvWork, projects: bool = True) -> Verdict:
+    """The limits of triton_kernels/tucker2.py: pixels and weights are counted in 32 bits, elements of maps in 64.
+
+    projects: whether a 1×1 convolution comes first, as in Tucker-2 and not in the channel scheme.
+    """
+    points = fits_triton_points(work)
+    if not points:
+        return points
+    # Ranks are padded to whole accumulators, channels in the place of one to whole steps.
+    ranks = work.ranks if projects else (work.in_channels, work.ranks[1])
+    rank_in, rank_out = (4 * rank // 3 + 32 for rank in ranks)
+    taps = work.kernel[0] * work.kernel[1]
+    channels = projects * (work.in_channels + 128) * rank_in + (work.out_channels + 128) * rank_out
+    if channels + taps * rank_in * rank_out >= 2**31:
+        return Verdict(False, "the Triton kernels count the weights, their padding included, in 31 bits")
+    return Verdict(True)
+
+
+def fits_triton_points(work: ConvWork) -> Verdict:
+    """The limits of both: points of the halo of one pixel, and pixels."""
     spans = [d * (k - 1) + 1 for k, d in zip(work.kernel, work.dilation, strict=True)]
     if spans[0] * spans[1] > TRITON_REACH:
         return Verdict(
@@ -155,11 +182,18 @@ def fits_triton_tucker2(work: ConvWork) -> Verdict:
     padded = [n + 2 * p for n, p in zip(work.size, work.padding, strict=True)]
     if work.batch * padded[0] * padded[1] >= 2**31:
         return Verdict(False, "the Triton kernels count the pixels of a batch, its padding included, in 31 bits")
-    # Ranks are padded to whole accumulators.
-    rank_in, rank_out = (4 * rank // 3 + 32 for rank in work.ranks)
+    return Verdict(True)
+
+
+def fits_triton_depthwise(work: ConvWork) -> Verdict:
+    """The limits of triton_kernels/depthwise.py: pixels and weights are counted in 32 bits, elements of maps in 64."""
+    points = fits_triton_points(work)
+    if not points:
+        return points
+    # Paths, channels and output channels are padded to whole blocks, before the taps or for the input's gradient.
     taps = work.kernel[0] * work.kernel[1]
-    channels = (work.in_channels + 128) * rank_in + (work.out_channels + 128) * rank_out
-    if channels + taps * rank_in * rank_out >= 2**31:
+    columns = 2 * work.ranks[0] * (work.out_channels + 128)
+    if columns * (work.in_channels + 256 + taps) >= 2**31:
         return Verdict(False, "the Triton kernels count the weights, their padding included, in 31 bits")
     return Verdict(True)
 
@@ -217,6 +251,7 @@ _PREDICATES: dict[str, Callable[[Facts], Verdict]] = {
     "reference": can_run_library,
     "gram": can_run_gram,
     "sequence": can_run_library,
+    "depthwise": can_run_library,
     "dense": can_run_library,
     "triton": can_run_triton,
     "cuda": can_run_cuda,

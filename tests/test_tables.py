@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastrank import _backends, _tables
+from fastrank import _backends, _tables, ops
 from fastrank._backends import Facts, fastest
-from fastrank._tables import ConvWork, Key, Step, Table, _model, _store, steps
+from fastrank._tables import LIBRARY, ConvWork, Estimate, Key, Step, Table, _model, _store, steps
 from fastrank._tables._work import vendor_serves
 
 WORK = ConvWork(2, 16, 32, (9, 7), (3, 3), (4, 8), (1, 1), (1, 1), (1, 1), False, "inference")
@@ -31,7 +32,9 @@ def flat_model(**times):
     kinds = [f"{kind}{suffix}" for kind in ("convolution", "depthwise", "sum", "merge") for suffix in ("", "-backward")]
     names = [kind + rest for kind in kinds for rest in ("", " 1x1", " small", " 1x1 small")]
     groups = {name: _model.Group((times.get(name, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0), (), ()) for name in names}
-    return _tables.Model(groups, {})
+    calls = ("inference", "forward", "backward")
+    labels = [f"{op} {name} {call}" for op, names in LIBRARY.items() for name in names for call in calls]
+    return _tables.Model(groups, dict.fromkeys(labels, 1.0))
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def test_the_scale_of_a_backend_moves_the_choice(tables):
     model = flat_model(convolution=3.0)
     tables(theirs=Table("cpu", models={("float32", False, 2): model}))
     assert fastest(HERE).backend == "dense"
-    scaled = _tables.Model(model.groups, {"tucker2_conv2d dense inference": 2.0})
+    scaled = _tables.Model(model.groups, {**model.scale, "tucker2_conv2d dense inference": 2.0})
     tables(theirs=Table("cpu", models={("float32", False, 2): scaled}))
     assert fastest(HERE).backend == "sequence"
     assert fastest(HERE).estimate.us["dense"] == 6.0
@@ -217,6 +220,14 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert _tables.cache_file("d") == tmp_path / "own" / "d.json"
 
 
+def test_a_cpu_takes_the_table_of_its_vector_unit(tables, tmp_path):
+    tables(theirs=Table("cpu", rows={key(): {"dense": 1.0, "sequence": 2.0}}))
+    wide = Table("cpu-x-avx2", rows={key(): {"dense": 2.0, "sequence": 1.0}})
+    _tables.save(wide, tmp_path / "cpu-avx2.json")
+    assert fastest(replace(HERE, machine="cpu-y-avx2")).backend == "sequence"
+    assert fastest(replace(HERE, machine="cpu-y-avx512")).backend == "dense"
+
+
 def test_devices_have_names_that_are_file_names(monkeypatch):
     assert _tables.device_name("cpu", None).startswith("cpu-")
     assert _tables.device_name("meta", None) == "meta"
@@ -236,6 +247,28 @@ def test_the_steps_of_every_call():
     assert kinds("tucker2_conv2d", "sequence", "backward") == [conv, conv, *[f"{conv}-backward"] * 3]
     assert kinds("cp_conv2d", "sequence", "forward") == [conv, deep, deep, "sum"]
     assert kinds("cp_conv2d", "sequence", "backward") == [conv, deep, f"{conv}-backward", *[f"{deep}-backward"] * 2]
+    assert kinds("channel_svd_conv2d", "sequence", "inference") == [conv, conv]
+    assert kinds("spatial_svd_conv2d", "sequence", "backward") == [conv, *[f"{conv}-backward"] * 2]
+    assert kinds("decoupled_svd_conv2d", "sequence", "inference") == [conv, deep, "sum"]
+    for op in ("cp_conv2d", "decoupled_svd_conv2d"):
+        assert kinds(op, "depthwise", "inference") == [conv, deep] * WORK.ranks[0] + ["sum"] * (WORK.ranks[0] - 1)
+        assert kinds(op, "depthwise", "backward") == [conv, f"{conv}-backward", f"{deep}-backward"] * WORK.ranks[0]
+
+
+def test_the_steps_are_what_the_operators_count():
+    """FLOPs of one operator, counted by torch, are twice the multiply-adds of its steps without sums and merges."""
+    sizes = {"stride": WORK.stride, "padding": WORK.padding, "dilation": WORK.dilation}
+    for op, shapes in {
+        "tucker2_conv2d": [(4, 16), (8, 4, 3, 3), (32, 8)],
+        "cp_conv2d": [(4, 32, 16), (4, 32, 3), (4, 32, 3)],
+        "channel_svd_conv2d": [(4, 16, 3, 3), (32, 4, 1, 1)],
+        "spatial_svd_conv2d": [(4, 16, 3, 1), (32, 4, 1, 3)],
+        "decoupled_svd_conv2d": [(4, 32, 16), (4, 32, 3, 3)],
+    }.items():
+        with FlopCounterMode(display=False) as counter:
+            getattr(ops, op)(torch.zeros(2, 16, 9, 7), *(torch.zeros(shape) for shape in shapes), **sizes)
+        parts = steps(op, "sequence", WORK, torch.float32, 1)
+        assert counter.get_total_flops() == 2 * sum(step.macs for step in parts if step.kind != "sum")
 
 
 def test_multiply_adds_and_weights_of_the_steps():
@@ -321,14 +354,29 @@ def test_every_process_chooses_alike(tmp_path, monkeypatch):
     assert len(answers) == 1
 
 
-def test_the_shipped_table_of_cpus_knows_what_networks_run_in():
+def test_a_backend_that_was_not_measured_is_not_chosen(tables):
+    """A table of an older fastrank: its model of costs says nothing of backends that it did not know."""
+    cp = replace(HERE, op="cp_conv2d")
+    model = flat_model(sum=9.0)
+    tables(theirs=Table("cpu", models={("float32", False, 2): model}))
+    assert set(fastest(cp).estimate.us) == {"sequence", "depthwise", "dense"}
+    old = {name: 1.0 for name in model.scale if "depthwise" not in name and "svd" not in name}
+    tables(theirs=Table("cpu", models={("float32", False, 2): _tables.Model(model.groups, old)}))
     _tables.forget()
-    table = _tables.shipped("cpu-whatever")
+    assert set(fastest(cp).estimate.us) == {"sequence", "dense"}
+    assert fastest(replace(HERE, op="channel_svd_conv2d")) == _backends.Choice("sequence", Estimate())
+
+
+@pytest.mark.parametrize("device", ["cpu-whatever", "cpu-x-avx2"])
+def test_the_shipped_tables_of_cpus_know_what_networks_run_in(device):
+    _tables.forget()
+    table = _tables.shipped(device)
     assert table is not None
-    assert {setup[:2] for setup in table.models} >= {(d, c) for d in ("float32", "bfloat16") for c in (False, True)}
+    dtypes = ("float32",) if "avx2" in device else ("float32", "bfloat16")  # AVX2 has no bfloat16 to speak of
+    assert {setup[:2] for setup in table.models} >= {(d, c) for d in dtypes for c in (False, True)}
     for op in ("tucker2_conv2d", "cp_conv2d"):
         for call in ("inference", "forward", "backward"):
             work = replace(WORK, call=call, ranks=(4, 4))
-            found = _tables.estimate(op, work, torch.float32, "cpu-whatever", 2)
-            assert set(found.us) == {"sequence", "dense"}
+            found = _tables.estimate(op, work, torch.float32, device, 2)
+            assert {"sequence", "dense"} <= set(found.us) <= set(LIBRARY[op])
             assert all(0 < us < math.inf for us in found.us.values())

@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     """Every call runs once and takes what stands here under its name."""
-    times = {"dense": 10.0, "sequence": 20.0, "call": 5.0}
+    times = {"dense": 10.0, "sequence": 20.0, "depthwise": 15.0, "call": 5.0}
 
     def in_turns(calls, device, samples=1):
         for call in calls.values():
@@ -58,8 +58,10 @@ def clock(monkeypatch):
 def test_the_cases_of_a_model_are_the_calls_of_its_fused_layers():
     model = Net().train()
     found = tune.cases(model, torch.zeros(2, 3, 12, 10).contiguous(memory_format=torch.channels_last))
-    assert [(case.name, case.op) for case in found] == [("first", "tucker2_conv2d"), ("second", "cp_conv2d")]
-    first, second = (case.work for case in found)
+    ops = [("first", "tucker2_conv2d"), ("second", "cp_conv2d"), ("third", "channel_svd_conv2d")]
+    assert [(case.name, case.op) for case in found] == ops
+    first, second, third = (case.work for case in found)
+    assert (third.size, third.ranks) == (second.out_size, (2, 2))
     assert (first.batch, first.size, first.ranks, first.stride, first.channels_last) == (
         2,
         (12, 10),
@@ -96,7 +98,7 @@ def test_a_dense_model_as_if_it_were_compressed():
         tune.cases_as_if(model, torch.zeros(1, 3, 9, 9), 0)
 
 
-@pytest.mark.parametrize("op", ["tucker2_conv2d", "cp_conv2d"])
+@pytest.mark.parametrize("op", _tables.LIBRARY)
 @pytest.mark.parametrize("call", ["inference", "forward", "backward"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_every_backend_of_a_case_computes_the_same(op, call, channels_last, clock, monkeypatch):
@@ -108,10 +110,10 @@ def test_every_backend_of_a_case_computes_the_same(op, call, channels_last, cloc
 
     monkeypatch.setattr(_measure, "in_turns", in_turns)
     work = _backends.ConvWork(2, 5, 6, (7, 8), (3, 3), (2, 2), (2, 1), (1, 1), (1, 1), channels_last, call)
-    assert tune.measure(tune.Case("", op, work, torch.float64)).us == {"sequence": 1.0, "dense": 1.0}
-    pairs = zip(results["sequence"], results["dense"], strict=True)
-    for one, other in pairs:
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert tune.measure(tune.Case("", op, work, torch.float64)).us == dict.fromkeys(_tables.LIBRARY[op], 1.0)
+    for name in _tables.LIBRARY[op]:
+        for one, other in zip(results["dense"], results[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_times_are_medians_in_turns_and_a_busy_machine_gets_another_try(monkeypatch):
@@ -137,7 +139,7 @@ def test_a_measured_row_decides_at_once(cache, clock):
     assert after.refused["cuda"] == "the tensor is on cpu, not on a CUDA device"
     layer.eval().requires_grad_(False)
     layer(torch.zeros(1, 3, 8, 8))
-    assert [backend for backend, _ in layer._prepared._kept.weights] == ["dense"]
+    assert [backend for backend, *_ in layer._prepared._kept.stages] == ["dense"]
     clock["dense"] = 30.0
     table = tune.table_of()
     other = replace(case, work=replace(case.work, batch=2))
@@ -151,14 +153,14 @@ def test_a_model_of_costs_is_made_and_goes_into_the_table(cache, clock, monkeypa
     monkeypatch.setattr(_calibrate, "POINTS", dict.fromkeys(_calibrate.POINTS, 8))
     monkeypatch.setattr(_calibrate, "LAYERS", dict.fromkeys(_calibrate.LAYERS, 8))
     monkeypatch.setattr(_calibrate, "LIMIT_MACS", 2e7)
-    clock |= {"dense": 5.0, "sequence": 15.0}
+    clock |= {"dense": 5.0, "sequence": 15.0, "depthwise": 150.0}
     table, said = tune.empty_table(), []
     threads = torch.get_num_threads()
     for setup in (tune.Setup(torch.float32, False, 1), tune.Setup(torch.bfloat16, True, 2)):
         regret = tune.calibrate(table, setup, effort=1, say=said.append)
         assert torch.get_num_threads() == threads
         assert (regret.p50, regret.p95, regret.worst) == (1.0, 1.0, 1.0)
-        assert regret.layers == 6 * 4
+        assert regret.layers == len(_calibrate.LAYERS) * 4
     assert len(said) == 4
     assert [entry["channels_last"] for entry in table.validation] == [False, True]
     groups = set(table.models["float32", False, 1].groups)
@@ -179,8 +181,14 @@ def test_a_model_of_costs_is_made_and_goes_into_the_table(cache, clock, monkeypa
     assert found.us["sequence"] == pytest.approx(15, rel=0.2)
 
 
-def test_the_setups_of_a_cpu():
-    assert len(tune.setups([1, 4])) == 8
+@pytest.fixture(params=[True, False])
+def serves_bfloat16(request, monkeypatch):
+    monkeypatch.setattr(_calibrate, "_serves_bfloat16", lambda: request.param)
+    return request.param
+
+
+def test_the_setups_of_a_cpu(serves_bfloat16):
+    assert len(tune.setups([1, 4])) == (8 if serves_bfloat16 else 4)
     assert {setup.threads for setup in tune.setups([1, 4])} == {1, 4}
 
 
@@ -244,7 +252,7 @@ def test_bench_of_an_architecture_as_if_compressed_into_a_file(cache, clock, com
     assert not cache.exists()
 
 
-def test_bench_of_the_standard_layers_makes_a_model(cache, clock, command, monkeypatch):
+def test_bench_of_the_standard_layers_makes_a_model(cache, clock, command, serves_bfloat16, monkeypatch):
     from fastrank.cli import _bench
 
     monkeypatch.setattr(_bench, "STANDARD", ("lenet5_nrmf",))
@@ -253,7 +261,7 @@ def test_bench_of_the_standard_layers_makes_a_model(cache, clock, command, monke
     monkeypatch.setattr(_calibrate, "LIMIT_MACS", 2e7)
     code, text, _ = command("bench", "--tune", "--batch", "1", "--threads", "1", "--json")
     assert code == 0
-    assert len(json.loads(text)["models"]) == 4
+    assert len(json.loads(text)["models"]) == (4 if serves_bfloat16 else 2)
     assert json.loads(text)["models"][0]["setup"] == "float32, NCHW, 1 threads"
 
 
@@ -267,7 +275,7 @@ def test_bench_of_the_standard_layers_makes_a_model(cache, clock, command, monke
         (("--batch", "0"), "--batch must be whole numbers above 0 joined by commas, got '0'"),
         (
             ("lenet5_nrmf",),
-            "model must be one with compressed layers (FusedTucker2Conv, FusedCPConv), got none of them",
+            "model must be one with compressed layers (FusedTucker2Conv, FusedCPConv, SVDConv), got none of them",
         ),
     ],
 )

@@ -14,9 +14,10 @@ from fastrank._tables._store import (
     save,
     shipped,
 )
-from fastrank._tables._work import ConvWork, Step, steps
+from fastrank._tables._work import LIBRARY, ConvWork, Step, steps
 
 __all__ = [
+    "LIBRARY",
     "UNKNOWN",
     "ConvWork",
     "Estimate",

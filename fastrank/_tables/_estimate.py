@@ -10,9 +10,8 @@ import torch
 
 from fastrank._tables import _store
 from fastrank._tables._store import Key, Table
-from fastrank._tables._work import ConvWork, steps
+from fastrank._tables._work import LIBRARY, ConvWork, steps
 
-LIBRARY = ("sequence", "dense")
 NEIGHBOURS = 4
 REACH = 2.0  # octaves; a row further away says nothing
 UNKNOWN = "nothing known"
@@ -56,12 +55,13 @@ def _modelled(table: Table, key: Key, dtype: torch.dtype, where: str) -> Estimat
         return None
     nearest = min(setups, key=lambda s: (abs(math.log(s[2] / max(key.threads, 1))), s[2]))
     times = {}
-    for backend in LIBRARY:
+    for backend in LIBRARY[key.op]:
         parts = steps(key.op, backend, key.work, dtype, nearest[2])
         us = table.models[nearest].predict(f"{key.op} {backend} {key.work.call}", parts)
-        if us is None:
-            return None
-        times[backend] = us
+        if us is not None:
+            times[backend] = us
+    if not {"sequence", "dense"} <= times.keys():
+        return None
     threads = "1 thread" if nearest[2] == 1 else f"{nearest[2]} threads"
     return Estimate(times, f"model ({where}, {threads})")
 

@@ -46,14 +46,16 @@ class Model:
     scale: Mapping[str, float]
 
     def predict(self, label: str, steps: Iterable[Step]) -> float | None:
-        """Microseconds of a call that consists of `steps`; None where one was not measured."""
+        """Microseconds of a call that consists of `steps`; None where one of them, or such a call, was not measured."""
+        if label not in self.scale:
+            return None
         total = 0.0
         for step in steps:
             group = self.groups.get(group_of(step))
             if group is None:
                 return None
             total += group.predict(step)
-        return total * self.scale.get(label, 1.0)
+        return total * self.scale[label]
 
 
 def group_of(step: Step) -> str:

@@ -160,9 +160,12 @@ def cache_file(device: str) -> Path:
 
 @remembered
 def shipped(device: str) -> Table | None:
-    """The checked-in table of a device; one serves every CPU. None where there is none."""
-    path = SHIPPED / f"{'cpu' if device.startswith('cpu-') else device}.json"
-    return Table.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The checked-in table of a device, or None: of a CPU that of its vector unit, else one for all."""
+    names = [f"cpu-{device.rpartition('-')[2]}", "cpu"] if device.startswith("cpu-") else [device]
+    for path in (SHIPPED / f"{name}.json" for name in names):
+        if path.is_file():
+            return Table.loads(path.read_text(encoding="utf-8"))
+    return None
 
 
 @remembered

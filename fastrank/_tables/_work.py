@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class ConvWork:
-    """The size of a factored convolution's call. ranks is (R_in, R_out) of Tucker-2, (R, R) of CP."""
+    """The size of a factored convolution's call. ranks is (R_in, R_out) of Tucker-2, else (R, R)."""
 
     batch: int
     in_channels: int
@@ -37,7 +38,7 @@ class ConvWork:
 class Step(NamedTuple):
     """One call of the library inside a backend.
 
-    kind: "convolution", "depthwise", "sum" (over R) or "merge" (factors to dense kernel), with "-backward" behind it
+    kind: "convolution", "depthwise", "sum" (of maps) or "merge" (factors to dense kernel), with "-backward" behind it
     where it is the gradient of that. pixels are those of one image, taps those of the kernel. vendor: whether torch
     hands the step to its vendor's library on a CPU, see `vendor_serves`.
     """
@@ -58,51 +59,88 @@ class Step(NamedTuple):
         return self.taps * self.in_channels * (1 if self.kind.startswith("depthwise") else self.out_channels)
 
 
+# What a library computes each operator by; `fastrank._backends` says what else serves it.
+LIBRARY: dict[str, tuple[str, ...]] = {
+    "tucker2_conv2d": ("sequence", "dense"),
+    "cp_conv2d": ("sequence", "depthwise", "dense"),
+    "channel_svd_conv2d": ("sequence", "dense"),
+    "spatial_svd_conv2d": ("sequence", "dense"),
+    "decoupled_svd_conv2d": ("sequence", "depthwise", "dense"),
+}
+
+
 def steps(op: str, backend: str, work: ConvWork, dtype: torch.dtype, threads: int) -> list[Step]:
-    """What `backend` ("dense" or "sequence") runs for a call, in the terms that a cost model knows."""
-    size, out, (kh, kw), batch = work.size, work.out_size, work.kernel, work.batch
-    in_channels, out_channels, (rank_in, rank_out) = work.in_channels, work.out_channels, work.ranks
-    moves = work.stride != (1, 1) or work.dilation != (1, 1)
-
-    def conv(source: int, target: int, kernel: Pair, before: Pair, after: Pair) -> Step:
-        vendor = vendor_serves(batch, source, before, kernel, moves and kernel != (1, 1), dtype, threads)
-        taps, pixels = kernel[0] * kernel[1], (before[0] * before[1], after[0] * after[1])
-        macs = taps * source * target * pixels[1] * batch
-        return Step("convolution", batch, source, target, *pixels, taps, macs, vendor)
-
-    def depthwise(maps: int, taps: int, before: Pair, after: Pair) -> Step:
-        pixels = before[0] * before[1], after[0] * after[1]
-        return Step("depthwise", batch, maps, maps, *pixels, taps, taps * maps * pixels[1] * batch)
-
+    """What one of the backends `LIBRARY` runs for a call, in the terms that a cost model knows."""
+    parts = _Parts(work, dtype, threads)
     if backend == "dense":
-        forward = [conv(in_channels, out_channels, (kh, kw), size, out)]
-        if op == "tucker2_conv2d":
-            macs = kh * kw * out_channels * rank_in * (rank_out + in_channels)
-        else:
-            macs = kh * kw * out_channels * rank_in * (1 + in_channels)
-        merge = Step("merge", 1, in_channels, out_channels, kh * kw, kh * kw, kh * kw, macs)
+        forward = [parts.conv(work.in_channels, work.out_channels, work.kernel, work.size, work.out_size)]
+        merge = parts.merge(op)
         return {
             "inference": forward,
             "forward": [merge, *forward],
             "backward": [merge, _gradient(forward[0]), _gradient(merge)],
         }[work.call]
-    if op == "tucker2_conv2d":
-        forward = [
-            conv(in_channels, rank_in, (1, 1), size, size),
-            conv(rank_in, rank_out, (kh, kw), size, out),
-            conv(rank_out, out_channels, (1, 1), out, out),
-        ]
-        last = []
-    else:
-        maps, between, pixels = rank_in * out_channels, (out[0], size[1]), out[0] * out[1]
-        forward = [
-            conv(in_channels, maps, (1, 1), size, size),
-            depthwise(maps, kh, size, between),
-            depthwise(maps, kw, between, out),
-        ]
-        last = [Step("sum", batch, maps, out_channels, pixels, pixels, 0, maps * pixels * batch)]
-    # The backward pass computes the two intermediate maps anew.
-    return [*forward[:2], *map(_gradient, forward)] if work.call == "backward" else [*forward, *last]
+    if backend == "depthwise":
+        path = parts.sequence("decoupled_svd_conv2d", 1)
+        if work.call == "backward":
+            return [path[0], *map(_gradient, path)] * work.ranks[0]
+        return [*path * work.ranks[0], *[parts.sum(2)] * (work.ranks[0] - 1)]
+    forward = parts.sequence(op, work.ranks[0])
+    if work.call == "backward":  # which computes the maps between anew
+        return [*forward[:-1], *map(_gradient, forward)]
+    return [*forward, *([parts.sum(work.ranks[0])] if "depthwise" in LIBRARY[op] else [])]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The steps that the backends of a call are put together from."""
+
+    work: ConvWork
+    dtype: torch.dtype
+    threads: int
+
+    def sequence(self, op: str, rank: int) -> list[Step]:
+        """The convolutions of a form, without the sum over R."""
+        work, size, out, (kh, kw) = self.work, self.work.size, self.work.out_size, self.work.kernel
+        i, o, between = work.in_channels, work.out_channels, (out[0], size[1])
+        if op == "tucker2_conv2d":
+            rank_in, rank_out = work.ranks
+            return [
+                self.conv(i, rank_in, (1, 1), size, size),
+                self.conv(rank_in, rank_out, (kh, kw), size, out),
+                self.conv(rank_out, o, (1, 1), out, out),
+            ]
+        if op == "channel_svd_conv2d":
+            return [self.conv(i, rank, (kh, kw), size, out), self.conv(rank, o, (1, 1), out, out)]
+        if op == "spatial_svd_conv2d":
+            return [self.conv(i, rank, (kh, 1), size, between), self.conv(rank, o, (1, kw), between, out)]
+        pointwise = self.conv(i, rank * o, (1, 1), size, size)
+        if op == "decoupled_svd_conv2d":
+            return [pointwise, self.depthwise(rank * o, kh * kw, size, out)]
+        return [pointwise, self.depthwise(rank * o, kh, size, between), self.depthwise(rank * o, kw, between, out)]
+
+    def conv(self, source: int, target: int, kernel: Pair, before: Pair, after: Pair) -> Step:
+        work, taps, pixels = self.work, kernel[0] * kernel[1], (before[0] * before[1], after[0] * after[1])
+        moves = kernel != (1, 1) and (work.stride != (1, 1) or work.dilation != (1, 1))
+        vendor = vendor_serves(work.batch, source, before, kernel, moves, self.dtype, self.threads)
+        macs = taps * source * target * pixels[1] * work.batch
+        return Step("convolution", work.batch, source, target, *pixels, taps, macs, vendor)
+
+    def depthwise(self, maps: int, taps: int, before: Pair, after: Pair) -> Step:
+        pixels, batch = (before[0] * before[1], after[0] * after[1]), self.work.batch
+        return Step("depthwise", batch, maps, maps, *pixels, taps, taps * maps * pixels[1] * batch)
+
+    def sum(self, terms: int) -> Step:
+        """The sum of so many maps of all output channels."""
+        batch, maps, pixels = self.work.batch, terms * self.work.out_channels, math.prod(self.work.out_size)
+        return Step("sum", batch, maps, self.work.out_channels, pixels, pixels, 0, maps * pixels * batch)
+
+    def merge(self, op: str) -> Step:
+        """The dense kernel from the factors."""
+        work, taps = self.work, math.prod(self.work.kernel)
+        i, o, (rank_in, rank_out) = work.in_channels, work.out_channels, work.ranks
+        more = {"tucker2_conv2d": rank_out, "cp_conv2d": 1}.get(op, 0)
+        return Step("merge", 1, i, o, taps, taps, taps, taps * o * rank_in * (i + more))
 
 
 def _gradient(step: Step) -> Step:

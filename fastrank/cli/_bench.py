@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 STANDARD = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg16")
 # A dense convolution of more takes a second on a core: there is no doubt which backend wins, and nothing to wait for.
 STANDARD_MACS = 3e9
-BACKENDS = ("dense", "sequence", "triton", "cuda")
+BACKENDS = ("dense", "sequence", "depthwise", "triton", "cuda")
 
 
 @app.command(epilog="Example: fastrank bench small.safetensors --input 3,224,224 --batch 1,8 --tune")

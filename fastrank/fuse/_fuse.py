@@ -40,8 +40,8 @@ def fuse_for_inference(
     """A copy of `model` for inference in which less is left to run behind its convolutions; `model` is untouched.
 
     BatchNorm is folded into the convolution ahead of it, factored (FusedTucker2Conv, FusedCPConv, LayerCPConv,
-    SVDConv) or plain. Behind a FusedTucker2Conv or FusedCPConv an addition of the same shape and then a ReLU or SiLU
-    become arguments of the layer, so that one operator does it all. What another reader still needs stays, and
+    SVDConv) or plain. Behind a FusedTucker2Conv, FusedCPConv or SVDConv an addition of the same shape and then a ReLU
+    or SiLU become arguments of the layer, so that one operator does it all. What another reader still needs stays, and
     ``fusion_report`` of the result says why. The network is traced by `torch.fx`; modules that cannot be traced, or
     that carry hooks or parametrizations, are left whole.
 

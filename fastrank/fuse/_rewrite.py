@@ -18,12 +18,12 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastrank.fuse._fold import FOLDABLE, fold, why_no_statistics
-from fastrank.nn import FusedCPConv, FusedTucker2Conv
+from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
 from fastrank.nn._conv import FactoredConv2d
 
 EXAMPLE = "example"
 """The name of the run on the user's own input, which every graph has made."""
-WITH_EPILOGUE = (FusedTucker2Conv, FusedCPConv)
+WITH_EPILOGUE = (FusedTucker2Conv, FusedCPConv, SVDConv)
 _NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _ACTIVATIONS: dict[Any, str] = {
     nn.ReLU: "relu", nn.SiLU: "silu", F.relu: "relu", F.silu: "silu", torch.relu: "relu", torch.relu_: "relu",

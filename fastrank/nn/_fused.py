@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastrank import _checks
 from fastrank.nn._conv import FactoredConv2d, Pair
-from fastrank.nn._prepared import Form, Prepared
+from fastrank.nn._forms import Form
+from fastrank.nn._prepared import Prepared
 from fastrank.ops._conv import BACKEND_NAMES
 from fastrank.reference.conv import ACTIVATIONS
 
@@ -23,8 +24,6 @@ _MODULES = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 class FusedConv2d(FactoredConv2d):
     """A factored convolution that is one operator with its epilogue: activation(conv(x) + bias + residual)."""
-
-    FORM: ClassVar[Form]
 
     def __init__(
         self,
@@ -47,6 +46,11 @@ class FusedConv2d(FactoredConv2d):
             _checks.tensor("residual", residual)
         out = None if torch.compiler.is_compiling() else self._prepared(self, x, residual)
         return self._operate(x, residual) if out is None else out
+
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """What kind of factors the layer has."""
 
     @abstractmethod
     def _operate(self, x: Tensor, residual: Tensor | None) -> Tensor:

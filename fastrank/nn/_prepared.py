@@ -8,92 +8,35 @@ count, through `factor.data` or from outside, is seen from the next `train`, `ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrank import _backends, reference
+from fastrank import _backends
+from fastrank.nn._forms import Branches, Form, chain, stages_of
 from fastrank.ops import _conv, _register
 from fastrank.ops._conv import KERNELS, Launch, empty
+from fastrank.reference.conv import Geometry
 
 if TYPE_CHECKING:
     from fastrank.nn._fused import FusedConv2d
 
 Pair = tuple[int, int]
-Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
-PLAIN: Geometry = ((1, 1), (0, 0), (1, 1))
 MAX_PLANS = 64
-
-
-class Stage(NamedTuple):
-    """One convolution of the library; arguments behind the bias as `torch.conv2d` takes them."""
-
-    weight: Tensor
-    biased: bool
-    arguments: tuple[Pair, Pair, Pair, int]
 
 
 class Plan(NamedTuple):
     """How inputs of one shape and layout are served."""
 
-    stages: tuple[Stage, ...]
-    summed: int  # R where the stages end in R·O channels to be summed, else 0
+    branches: Branches
+    summed: int  # R where a branch ends in R·O channels to be summed, else 0
     padding: tuple[int, ...] | None  # applied ahead of the stages, in the layer's padding_mode
     out_shape: tuple[int, ...]
     memory_format: torch.memory_format | None  # to bring the output into; None where it comes so
     launch: Launch | None = None  # the kernel that serves them instead of the stages, over weights packed for it
-
-
-class Form(NamedTuple):
-    """A kind of factored kernel: its parameters' names, their dense kernel, the stages of "sequence"."""
-
-    op: str
-    factors: tuple[str, str, str]
-    merge: Callable[[Tensor, Tensor, Tensor], Tensor]
-    stages: Callable[[Sequence[Tensor], Geometry], tuple[Stage, ...]]
-
-
-def _tucker2_stages(factors: Sequence[Tensor], geometry: Geometry) -> tuple[Stage, ...]:
-    w_in, core, w_out = factors
-    return (
-        Stage(w_in[:, :, None, None], False, (*PLAIN, 1)),
-        Stage(core, False, (*geometry, 1)),
-        Stage(w_out[:, :, None, None], True, (*PLAIN, 1)),
-    )
-
-
-def _cp_stages(factors: Sequence[Tensor], geometry: Geometry) -> tuple[Stage, ...]:
-    pointwise, vertical, horizontal = (factor.flatten(0, 1) for factor in factors)
-    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = geometry
-    groups = len(pointwise)
-    return (
-        Stage(pointwise[:, :, None, None], False, (*PLAIN, 1)),
-        Stage(vertical[:, None, :, None], False, ((stride_h, 1), (pad_h, 0), (dilation_h, 1), groups)),
-        Stage(horizontal[:, None, None, :], False, ((1, stride_w), (0, pad_w), (1, dilation_w), groups)),
-    )
-
-
-TUCKER2 = Form(
-    "tucker2_conv2d",
-    ("w_in", "core", "w_out"),
-    reference.conv.tucker2_weight,
-    _tucker2_stages,
-)
-CP = Form(
-    "cp_conv2d",
-    ("pointwise", "vertical", "horizontal"),
-    reference.conv.cp_weight,
-    _cp_stages,
-)
-
-
-def merged(form: Form, factors: Sequence[Tensor]) -> Tensor:
-    """The dense kernel (O, I, kh, kw) in the factors' dtype, computed in full precision, at least float32."""
-    with reference.linalg.full_precision(factors[0].device):
-        return form.merge(*map(reference.linalg.working, factors)).to(factors[0].dtype)
 
 
 class _Kept:
@@ -104,12 +47,12 @@ class _Kept:
         self.aliases = tuple(factor.detach() for factor in factors)
         self.factors = tuple(
             (name, factor, alias, factor._version)
-            for name, factor, alias in zip(layer.FORM.factors, factors, self.aliases, strict=True)
+            for name, factor, alias in zip(layer.form.factors, factors, self.aliases, strict=True)
         )
         self.bias = layer.bias
         self.packed_bias: tuple[Tensor, int] | None = None  # its alias and count of writes, once a kernel packed it
         self.plans: dict[Any, Plan | None] = {}
-        self.weights: dict[tuple[str, torch.memory_format], tuple[Tensor, ...]] = {}
+        self.stages: dict[tuple[str, Geometry, torch.memory_format], Branches] = {}
 
     def holds(self, layer: FusedConv2d) -> bool:
         """Whether the parameters are as they were."""
@@ -183,8 +126,9 @@ class Prepared:
                 plan = kept.plans[key] = _plan(layer, kept, x)
         if plan is None or not _fits(residual, x, plan):
             return None
-        if not (plan.launch or plan.summed or plan.padding or plan.memory_format) and x.dim() == 4:
-            stages = tuple((weight, kept.bias if biased else None, rest) for weight, biased, rest in plan.stages)
+        rows = len(plan.branches)
+        if rows == 1 and not (plan.summed or plan.padding or plan.memory_format) and x.dim() == 4:
+            stages = tuple((weight, kept.bias if biased else None, rest) for weight, biased, rest in plan.branches[0])
             self._latest = (*key, kept.factors, kept.bias, stages, layer.activation)
         return _run(plan, layer, x, residual)
 
@@ -214,7 +158,7 @@ def _needs_gradient(layer: FusedConv2d, x: Tensor, residual: Tensor | None) -> b
 def _keep(layer: FusedConv2d) -> _Kept | None:
     """Nothing where a parameter is computed (parametrized, swapped, of a subclass) or its writes are not counted."""
     bias = layer._parameters.get("bias")
-    factors = [layer._parameters.get(name) for name in layer.FORM.factors]
+    factors = [layer._parameters.get(name) for name in layer.form.factors]
     usable = [type(p) is nn.Parameter and not p.is_inference() for p in (*factors, *([] if bias is None else [bias]))]
     if not all(usable) or "bias" not in layer._parameters:
         return None
@@ -231,23 +175,23 @@ def _plan(layer: FusedConv2d, kept: _Kept, x: Tensor) -> Plan | None:
     geometry = (layer.stride, padding, layer.dilation)
     memory_format = _register.memory_format(padded)
     work = work_of(layer, padded, padding)
-    chosen = _backends.choose(_backends.facts(layer.FORM.op, x, work), "auto")
+    chosen = _backends.choose(_backends.facts(layer.form.op, x, work), "auto")
     padding_too = None if padded is batched else _pads(layer)
     out_shape = (x.shape[0], *probe.shape[1:]) if x.dim() == 4 else tuple(probe.shape[1:])
-    if chosen in KERNELS[layer.FORM.op]:
-        launch = KERNELS[layer.FORM.op][chosen].prepare(padded, kept.aliases, kept.bias, geometry)
+    if chosen in KERNELS[layer.form.op]:
+        launch = KERNELS[layer.form.op][chosen].prepare(padded, kept.aliases, kept.bias, geometry)
         if kept.bias is not None:
             kept.packed_bias = kept.bias.detach(), kept.bias._version
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # whatever stream reads the packed weights next
         return Plan((), 0, padding_too, out_shape, None, launch)
-    if chosen not in ("sequence", "dense"):
+    if chosen != "dense" and chosen not in layer.form.stages:
         return None
-    stages = _stages(layer.FORM, kept, chosen, geometry, memory_format)
-    summed = work.ranks[0] if layer.FORM is CP and chosen == "sequence" else 0
-    kept_format = chain(stages, padded, None, summed).is_contiguous(memory_format=memory_format)
+    branches = _stages(layer.form, kept, chosen, geometry, memory_format)
+    summed = work.ranks[0] if layer.form.sums and chosen == "sequence" else 0
+    kept_format = chain(branches, padded, None, summed).is_contiguous(memory_format=memory_format)
     return Plan(
-        stages=stages,
+        branches=branches,
         summed=summed,
         padding=padding_too,
         out_shape=out_shape,
@@ -263,36 +207,23 @@ def _pads(layer: FusedConv2d) -> tuple[int, ...]:
 
 def work_of(layer: FusedConv2d, padded: Tensor, padding: Pair) -> _backends.ConvWork:
     """An inference of `layer` on the padded (N, I, H, W) with `padding` left to the convolution, as tables know it."""
-    factors = [layer.get_parameter(name) for name in layer.FORM.factors]
-    return _conv.work_of(layer.FORM.op, padded, factors, (layer.stride, padding, layer.dilation), "inference")
+    factors = [layer.get_parameter(name) for name in layer.form.factors]
+    return _conv.work_of(layer.form.op, padded, factors, (layer.stride, padding, layer.dilation), "inference")
 
 
 def _stages(
     form: Form, kept: _Kept, backend: str, geometry: Geometry, memory_format: torch.memory_format
-) -> tuple[Stage, ...]:
+) -> Branches:
     """The stages of a backend; inputs of one layout share the weights."""
-    known = kept.weights.get((backend, memory_format))
-    if known is not None:
-        shaped = form.stages(kept.aliases, geometry) if backend == "sequence" else (_dense_stage(known[0], geometry),)
-        return tuple(stage._replace(weight=weight) for stage, weight in zip(shaped, known, strict=True))
-    dense = merged(form, kept.aliases) if backend == "dense" else None
-    stages = stages_of(form, kept.aliases, dense, geometry, memory_format)
-    weights = kept.weights[backend, memory_format] = tuple(stage.weight for stage in stages)
-    if weights[0].is_cuda:
-        torch.cuda.current_stream(weights[0].device).synchronize()  # whatever stream reads them next
-    return stages
-
-
-def stages_of(
-    form: Form, factors: Sequence[Tensor], dense: Tensor | None, geometry: Geometry, memory_format: torch.memory_format
-) -> tuple[Stage, ...]:
-    """The stages of "dense", whose kernel is given, or of "sequence", with weights in the layout of their inputs."""
-    stages = form.stages(factors, geometry) if dense is None else (_dense_stage(dense, geometry),)
-    return tuple(stage._replace(weight=stage.weight.contiguous(memory_format=memory_format)) for stage in stages)
-
-
-def _dense_stage(weight: Tensor, geometry: Geometry) -> Stage:
-    return Stage(weight, True, (*geometry, 1))
+    known = kept.stages.get((backend, geometry, memory_format))
+    if known is None:
+        known = kept.stages[backend, geometry, memory_format] = stages_of(
+            form, kept.aliases, backend, geometry, memory_format
+        )
+        weight = known[0][0].weight
+        if weight.is_cuda:
+            torch.cuda.current_stream(weight.device).synchronize()  # whatever stream reads them next
+    return known
 
 
 def _fits(residual: Tensor | None, x: Tensor, plan: Plan) -> bool:
@@ -302,16 +233,6 @@ def _fits(residual: Tensor | None, x: Tensor, plan: Plan) -> bool:
     if type(residual) is not Tensor or residual.layout is not torch.strided:
         return False
     return residual.shape == plan.out_shape and residual.dtype == x.dtype and residual.device == x.device
-
-
-def chain(stages: Sequence[Stage], x: Tensor, bias: Tensor | None, summed: int) -> Tensor:
-    """x (N, I, H, W) through the stages, and the sum over R = `summed` maps of each channel, unless that is 0."""
-    for weight, biased, arguments in stages:
-        x = torch.conv2d(x, weight, bias if biased else None, *arguments)
-    if not summed:
-        return x
-    out = torch.unflatten(x, 1, (summed, -1)).sum(1)
-    return out if bias is None else out.add_(bias[:, None, None])
 
 
 def _launch(plan: Plan, launch: Launch, layer: FusedConv2d, x: Tensor, residual: Tensor | None, single: bool) -> Tensor:
@@ -330,7 +251,7 @@ def _run(plan: Plan, layer: FusedConv2d, x: Tensor, residual: Tensor | None) -> 
         out = F.pad(out, plan.padding, mode=mode)
     if plan.launch is not None:
         return _launch(plan, plan.launch, layer, out, residual, single)
-    out = chain(plan.stages, out, bias, plan.summed)
+    out = chain(plan.branches, out, bias, plan.summed)
     if plan.memory_format is not None:
         out = out.contiguous(memory_format=plan.memory_format)
     if single:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from fastrank import _checks, decompose, ops, reference
 from fastrank._stages import ConvStage
 from fastrank.decompose.cp import max_rank
 from fastrank.nn._conv import Pair, RankSum, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.nn._forms import CP, Form
 from fastrank.nn._fused import FusedConv2d, like_batch
-from fastrank.nn._prepared import CP, Form
 
 
 class FusedCPConv(FusedConv2d):
@@ -25,7 +25,6 @@ class FusedCPConv(FusedConv2d):
     Raises ValueError or TypeError, naming the argument, on wrong sizes and ranks.
     """
 
-    FORM: ClassVar[Form] = CP
     pointwise: nn.Parameter
     vertical: nn.Parameter
     horizontal: nn.Parameter
@@ -56,6 +55,11 @@ class FusedCPConv(FusedConv2d):
         init_uniform(self.vertical, 1 / self.kernel_size[0])
         init_uniform(self.horizontal, 1 / self.kernel_size[1])
         self._init_bias()
+
+    @property
+    def form(self) -> Form:
+        """See `FusedConv2d.form`."""
+        return CP
 
     def _operate(self, x: Tensor, residual: Tensor | None) -> Tensor:
         batched, padding = self._padded(self._batched(x))

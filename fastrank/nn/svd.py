@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrank import _checks, decompose, reference
+from fastrank import _checks, decompose, ops, reference
 from fastrank._stages import ConvStage
-from fastrank.nn._conv import (
-    FactoredConv2d,
-    Pair,
-    RankSum,
-    adopt,
-    geometry_of,
-    init_uniform,
-    rank_sum,
-    require_factorable,
-)
-from fastrank.ops import _register
+from fastrank.nn._conv import Pair, RankSum, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.nn._forms import SVD, Form
+from fastrank.nn._fused import FusedConv2d, like_batch
 
+_OPERATORS = {
+    "channel": ops.channel_svd_conv2d,
+    "spatial": ops.spatial_svd_conv2d,
+    "decoupled": ops.decoupled_svd_conv2d,
+}
 SCHEMES = ("channel", "spatial", "decoupled")
 
 
@@ -35,14 +31,15 @@ def max_rank(scheme: str, shape: tuple[int, ...]) -> int:
     }[_checks.choice("scheme", scheme, SCHEMES)]
 
 
-class SVDConv(FactoredConv2d):
+class SVDConv(FusedConv2d):
     """A convolution as two, x (N, I, H, W) -> (N, O, H', W'). Parameters first, second and bias (O,) by scheme:
 
     channel    kh×kw I→R, then 1×1 R→O: first (R, I, kh, kw), second (O, R, 1, 1)
     spatial    kh×1 I→R, then 1×kw R→O: first (R, I, kh, 1), second (O, R, 1, kw)
     decoupled  R pointwise→depthwise paths, summed: first (R, O, I), second (R, O, kh, kw)
 
-    The other arguments are those of `nn.Conv2d`; groups is 1. Raises ValueError or TypeError, naming the argument.
+    The other arguments are those of `nn.Conv2d`; groups is 1. activation and backend: as in `FusedTucker2Conv`.
+    Raises ValueError or TypeError, naming the argument.
     """
 
     first: nn.Parameter
@@ -56,9 +53,11 @@ class SVDConv(FactoredConv2d):
         rank: int,
         *,
         scheme: str = "channel",
+        activation: str = "none",
+        backend: str = "auto",
         **geometry: Any,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, **geometry)
+        super().__init__(in_channels, out_channels, kernel_size, activation=activation, backend=backend, **geometry)
         kh, kw = self.kernel_size
         self.scheme = _checks.choice("scheme", scheme, SCHEMES)
         self.rank = _checks.integer("rank", rank, 1, max_rank(scheme, (out_channels, in_channels, kh, kw)))
@@ -84,26 +83,26 @@ class SVDConv(FactoredConv2d):
         init_uniform(self.second, 1 / (3 * fan_second))
         self._init_bias()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, I, H, W) -> (N, O, H', W'), or the same without N."""
-        z, (pad_h, pad_w) = self._padded(self._batched(x))
-        if not _register.autocasting(x):
-            _checks.same_kind(x=z, first=self.first, second=self.second, bias=self.bias)
-        self._out_size((x.shape[-2], x.shape[-1]))
-        (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
-        if self.scheme == "channel":
-            z = F.conv2d(z, self.first, None, self.stride, (pad_h, pad_w), self.dilation)
-            z = F.conv2d(z, self.second, self.bias)
-        elif self.scheme == "spatial":
-            z = F.conv2d(z, self.first, None, (stride_h, 1), (pad_h, 0), (dilation_h, 1))
-            z = F.conv2d(z, self.second, self.bias, (1, stride_w), (0, pad_w), (1, dilation_w))
-        else:
-            groups = self.rank * self.out_channels
-            z = F.conv2d(z, self.first.flatten(0, 1)[:, :, None, None])
-            depthwise = self.second.flatten(0, 1)[:, None]
-            z = F.conv2d(z, depthwise, None, self.stride, (pad_h, pad_w), self.dilation, groups)
-            z = rank_sum(z, self.rank, self.out_channels, self.bias)
-        return z if x.dim() == 4 else z[0]
+    @property
+    def form(self) -> Form:
+        """See `FusedConv2d.form`."""
+        return SVD[self.scheme]
+
+    def _operate(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        batched, padding = self._padded(self._batched(x))
+        out = _OPERATORS[self.scheme](
+            batched,
+            self.first,
+            self.second,
+            self.bias,
+            residual=like_batch(x, residual),
+            activation=self.activation,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            backend=self.backend,
+        )
+        return out if x.dim() == 4 else out[0]
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, rank: int, scheme: str = "channel") -> SVDConv:
@@ -123,22 +122,22 @@ class SVDConv(FactoredConv2d):
         return adopt(layer, conv, first=first, second=second)
 
     def to_dense(self) -> nn.Conv2d:
-        """One `nn.Conv2d` with the merged kernel: the same function to rounding."""
-        equation = {"channel": "riyx,orab->oiyx", "spatial": "riya,orbx->oiyx", "decoupled": "roi,royx->oiyx"}
+        """One `nn.Conv2d` with the merged kernel: the same function to rounding. ValueError with an activation."""
+        self._require_no_activation()
         with reference.linalg.full_precision(self.first.device):
-            merged = torch.einsum(equation[self.scheme], self.first, self.second)
+            merged = self.form.merge(self.first, self.second)
         return self._plain(merged, bias=self.bias is not None)
 
     def to_sequential(self) -> nn.Sequential:
         """The same as plain modules, for export and comparison."""
         has_bias = self.bias is not None
         if self.scheme == "channel":
-            return nn.Sequential(self._plain(self.first), self._plain(self.second, where="none", bias=has_bias))
+            return self._activated(self._plain(self.first), self._plain(self.second, where="none", bias=has_bias))
         if self.scheme == "spatial":
-            return nn.Sequential(
+            return self._activated(
                 self._plain(self.first, where="vertical"), self._plain(self.second, where="horizontal", bias=has_bias)
             )
-        return nn.Sequential(
+        return self._activated(
             self._plain(self.first.flatten(0, 1)[:, :, None, None], where="none"),
             self._plain(self.second.flatten(0, 1)[:, None], groups=self.rank * self.out_channels),
             RankSum(self.rank, self.out_channels, self.bias).train(self.training),

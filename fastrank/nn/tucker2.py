@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from fastrank import _checks, decompose, ops, reference
 from fastrank._stages import ConvStage
 from fastrank.decompose.tucker import max_ranks
 from fastrank.nn._conv import Pair, adopt, geometry_of, init_uniform, require_factorable
+from fastrank.nn._forms import TUCKER2, Form
 from fastrank.nn._fused import FusedConv2d, like_batch
-from fastrank.nn._prepared import TUCKER2, Form
 
 
 class FusedTucker2Conv(FusedConv2d):
@@ -25,7 +25,6 @@ class FusedTucker2Conv(FusedConv2d):
     Raises ValueError or TypeError, naming the argument, on wrong sizes and ranks.
     """
 
-    FORM: ClassVar[Form] = TUCKER2
     w_in: nn.Parameter
     core: nn.Parameter
     w_out: nn.Parameter
@@ -60,6 +59,11 @@ class FusedTucker2Conv(FusedConv2d):
         init_uniform(self.core, 1 / (rank_in * self.kernel_size[0] * self.kernel_size[1]))
         init_uniform(self.w_out, 1 / (3 * rank_out))
         self._init_bias()
+
+    @property
+    def form(self) -> Form:
+        """See `FusedConv2d.form`."""
+        return TUCKER2
 
     def _operate(self, x: Tensor, residual: Tensor | None) -> Tensor:
         batched, padding = self._padded(self._batched(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,31 @@ from torch.utils.flop_counter import register_flop_formula
 from fastrank import _backends, _checks
 from fastrank.ops import _register
 from fastrank.reference.conv import ACTIVATIONS, epilogue, epilogue_backward
+from fastrank.reference.conv import Geometry as Geometry
 
 Pair = tuple[int, int]
 Shape = tuple[int, ...]
-Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 BACKEND_NAMES = _backends.NAMES
 
 
 # (x, residual, out, activation): out = activation(convolution of x + bias + residual), of x's memory format, not empty.
 Launch = Callable[[Tensor, Tensor | None, Tensor, str], None]
+
+
+class Sizes(NamedTuple):
+    """What the shapes of the factors say. ranks: (R_in, R_out) of Tucker-2, else (R, R)."""
+
+    out_channels: int
+    kernel: Pair
+    ranks: Pair
+
+
+class Library(NamedTuple):
+    """One more way to compute a convolution by the library: (x, *factors, bias, residual, *geometry, activation), and
+    its gradients as `register_convolution` takes them."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor | None, ...]]
 
 
 class Kernels(Protocol):
@@ -99,8 +115,8 @@ def convolve(
 
 
 def _out_shape(name: str, x: Tensor, factors: Sequence[Tensor], geometry: Geometry) -> Shape:
-    out_channels, kernel = OUT_SHAPES[name](*(factor.shape for factor in factors))
-    return (x.shape[0], out_channels, *out_size((x.shape[2], x.shape[3]), kernel, geometry))
+    sizes = SIZES[name](*(factor.shape for factor in factors))
+    return (x.shape[0], sizes.out_channels, *out_size((x.shape[2], x.shape[3]), sizes.kernel, geometry))
 
 
 def out_size(size: Pair, kernel: Pair, geometry: Geometry) -> Pair:
@@ -113,14 +129,14 @@ def out_size(size: Pair, kernel: Pair, geometry: Geometry) -> Pair:
 
 def work_of(name: str, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, call: str) -> _backends.ConvWork:
     """A call of the operator as tables know it."""
-    out_channels, kernel = OUT_SHAPES[name](*(factor.shape for factor in factors))
+    out_channels, kernel, ranks = SIZES[name](*(factor.shape for factor in factors))
     return _backends.ConvWork(
         batch=x.shape[0],
         in_channels=x.shape[1],
         out_channels=out_channels,
         size=(x.shape[2], x.shape[3]),
         kernel=kernel,
-        ranks=_ranks(factors),
+        ranks=ranks,
         stride=geometry[0],
         padding=geometry[1],
         dilation=geometry[2],
@@ -143,25 +159,21 @@ def like(grad: Tensor, t: Tensor) -> Tensor:
     return grad.contiguous(memory_format=_register.memory_format(t))
 
 
-def _ranks(factors: Sequence[Tensor]) -> Pair:
-    """(R_in, R_out) of a Tucker-2 triple; (R, R) of CP factors."""
-    return (factors[1].shape[1], factors[1].shape[0]) if factors[1].dim() == 4 else (factors[0].shape[0],) * 2
-
-
-OUT_SHAPES: dict[str, Callable[..., tuple[int, Pair]]] = {}
+SIZES: dict[str, Callable[..., Sizes]] = {}
 KERNELS: dict[str, Mapping[str, Kernels]] = {}
 
 
 def register_convolution(
     name: str,
-    factors: tuple[str, str, str],
+    factors: Sequence[str],
     *,
     sequence: Callable[..., Tensor],
     merge: Callable[..., Tensor],
     merge_backward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor | None, ...]],
     macs: Callable[..., Iterable[int]],
-    out_shape: Callable[..., tuple[int, Pair]],
+    sizes: Callable[..., Sizes],
+    libraries: Mapping[str, Library] = {},
     kernels: Mapping[str, Kernels] = {},
 ) -> None:
     """Register ``name(x, *factors, bias, residual, stride, padding, dilation, activation, backend)``.
@@ -169,9 +181,10 @@ def register_convolution(
     sequence: the plain-PyTorch truth, of the operator's arguments but the backend; merge: factors -> dense kernel;
     merge_backward: (gradient of that kernel, *factors) -> gradients of the factors; backward: (grad, x, *factors,
     *geometry, needs) -> gradients of x and the factors; macs: multiply-adds of each stage from (shapes of the factors,
-    (H, W), (H', W')); out_shape: shapes of the factors -> (O, (kh, kw)); kernels: what serves the other backends.
+    (H, W), (H', W')); sizes: of the factors' shapes; libraries, kernels: what serves the other backends.
     """
-    OUT_SHAPES[name], KERNELS[name] = out_shape, kernels
+    SIZES[name], KERNELS[name] = sizes, kernels
+    count = len(factors) + 1  # of tensors besides bias and residual
 
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, bias, residual, stride, padding, dilation, activation, backend = arguments
@@ -186,7 +199,8 @@ def register_convolution(
         if chosen == "dense":
             out = epilogue(F.conv2d(x, merge(*tensors), bias, *geometry), residual, activation)
         else:
-            out = sequence(x, *tensors, bias, residual, *geometry, activation)
+            serve = libraries[chosen].forward if chosen in libraries else sequence
+            out = serve(x, *tensors, bias, residual, *geometry, activation)
         return out.contiguous(memory_format=memory_format)
 
     def fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -213,14 +227,14 @@ def register_convolution(
         needs = list(ctx.needs_input_grad)
         if torch.is_grad_enabled():  # a second differentiation goes through operators whose derivatives torch knows
             library = "dense" if backend == "dense" else "sequence"
-            grads = list(differentiate(grad, x, values, geometry, needs[:4], library))
+            grads = list(differentiate(grad, x, values, geometry, needs[:count], library))
         else:
-            found = iter(differentiate_now(grad, x, *values, *geometry, needs[:4], backend))
-            grads = [next(found) if need else None for need in needs[:4]]
+            found = iter(differentiate_now(grad, x, *values, *geometry, needs[:count], backend))
+            grads = [next(found) if need else None for need in needs[:count]]
         return (
             *grads,
-            grad.sum((0, 2, 3)) if needs[4] else None,
-            grad if needs[5] else None,
+            grad.sum((0, 2, 3)) if needs[count] else None,
+            grad if needs[count + 1] else None,
             None, None, None, None, None,
         )  # fmt: skip
 
@@ -231,7 +245,8 @@ def register_convolution(
         if chosen in kernels and grad.numel():
             return kernels[chosen].backward(grad, x, values, geometry, needs)
         if chosen != "dense":
-            return backward(grad, x, *values, *geometry, needs)
+            take = libraries[chosen].backward if chosen in libraries else backward
+            return take(grad, x, *values, *geometry, needs)
         weight = merge(*values)
         need_weight = any(needs[1:])
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -245,7 +260,8 @@ def register_convolution(
         geometry = (tuple(stride), tuple(padding), tuple(dilation))
         chosen = _backends.choose(_facts(name, x, values, geometry, "backward"), backend)
         found = differentiate(grad, x, values, geometry, needs, chosen)
-        return [like(g, t) for g, t in zip(found, (x, *values), strict=True) if g is not None]
+        wanted = zip(found, (x, *values), needs, strict=True)
+        return [like(g, t) for g, t, need in wanted if need and g is not None]
 
     def backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
         *tensors, _, _, _, needs, _ = arguments
@@ -256,22 +272,23 @@ def register_convolution(
     schema += "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, str activation, str backend) -> Tensor"
     _register.register(schema, forward, fake=fake, setup_context=setup_context, backward=gradients)
     schema = f"{name}_backward(Tensor grad, Tensor x, {tensors}, "
-    schema += "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[4] needs, str backend) -> Tensor[]"
+    schema += f"SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[{count}] needs, str backend) -> Tensor[]"
     _register.register(schema, backward_now, fake=backward_fake)
     differentiate_now = getattr(torch.ops.fastrank, f"{name}_backward")
 
     @register_flop_formula(getattr(torch.ops.fastrank, name))
     def flops(x: Shape, *shapes: Any, out_shape: Shape, **_: object) -> int:
         """Two floating-point operations a multiply-add, of the stages as `sequence` runs them."""
-        return 2 * x[0] * sum(macs(*shapes[:3], x[2:], out_shape[2:]))
+        return 2 * x[0] * sum(macs(*shapes[: len(factors)], x[2:], out_shape[2:]))
 
     @register_flop_formula(differentiate_now)
     def backward_flops(_: Shape, x: Shape, *arguments: Any, out_shape: Any, **__: object) -> int:
         """The same of the gradients that are needed, and of the two maps that are computed again."""
         *shapes, stride, padding, dilation, needs, _ = arguments
-        size = out_size((x[2], x[3]), OUT_SHAPES[name](*shapes)[1], (stride, padding, dilation))
-        first, middle, last = macs(*shapes, x[2:], size)
-        need_x, need_first, need_middle, need_last = needs
-        below = need_x or need_first
-        steps = (need_x + need_first) * first + (below + need_middle) * middle
-        return int(2 * x[0] * (first + middle + steps + ((below or need_middle) + need_last) * last))
+        size = out_size((x[2], x[3]), SIZES[name](*shapes).kernel, (stride, padding, dilation))
+        costs = list(macs(*shapes, x[2:], size))
+        total = sum(costs[:-1])  # the maps between
+        for i, cost in enumerate(costs):
+            below = any(needs[: i + 1])  # whether this stage passes a gradient on
+            total += (below + needs[i + 1]) * cost
+        return int(2 * x[0] * total)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastrank import _checks, reference
-from fastrank.ops._conv import Pair, Shape, conv_macs, convolve, register_convolution
+from fastrank.ops._conv import Library, Pair, Shape, Sizes, conv_macs, convolve, register_convolution
+from fastrank.ops._depthwise_triton import TritonKernels
 
 
 def cp_conv2d(
@@ -31,8 +34,9 @@ def cp_conv2d(
     any strides; the output has x's memory format. Differentiable in every tensor, twice; the backward pass recomputes
     the intermediate maps. Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
 
-    backend: "auto" (by tables of measured times) | "sequence" (library convolutions and a sum) | "dense" (one, with
-    the merged kernel) | "reference". There are no fused kernels: "triton" and "cuda" are refused.
+    backend: "auto" (by tables of measured times) | "sequence" (library convolutions and a sum) | "depthwise" (a rank
+    after the other: 1×1, then one depthwise kh×kw for both passes) | "dense" (one, with the merged kernel) |
+    "reference".
     Raises ValueError or TypeError, naming the argument, on a wrong shape, dtype, device or size, and ValueError with
     the reason where a named backend cannot run the call.
     """
@@ -61,6 +65,44 @@ def _macs(pointwise: Shape, vertical: Shape, horizontal: Shape, in_size: Pair, o
     )
 
 
+def _by_rank(
+    x: Tensor,
+    pointwise: Tensor,
+    vertical: Tensor,
+    horizontal: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str,
+) -> Tensor:
+    depthwise = reference.conv.cp_depthwise(vertical, horizontal)
+    return reference.svd_conv.by_rank_conv2d(
+        x, pointwise, depthwise, bias, residual, stride, padding, dilation, activation
+    )
+
+
+def _by_rank_backward(
+    grad: Tensor,
+    x: Tensor,
+    pointwise: Tensor,
+    vertical: Tensor,
+    horizontal: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    depthwise, either = reference.conv.cp_depthwise(vertical, horizontal), needs[2] or needs[3]
+    grad_x, grad_pointwise, grad_depthwise = reference.svd_conv.by_rank_conv2d_backward(
+        grad, x, pointwise, depthwise, stride, padding, dilation, (*needs[:2], either)
+    )
+    if grad_depthwise is None:
+        return grad_x, grad_pointwise, None, None
+    return grad_x, grad_pointwise, *reference.conv.cp_depthwise_backward(grad_depthwise, vertical, horizontal)
+
+
 register_convolution(
     "cp_conv2d",
     ("pointwise", "vertical", "horizontal"),
@@ -69,5 +111,9 @@ register_convolution(
     merge_backward=reference.conv.cp_weight_backward,
     backward=reference.conv.cp_conv2d_backward,
     macs=_macs,
-    out_shape=lambda pointwise, vertical, horizontal: (pointwise[1], (vertical[2], horizontal[2])),
+    sizes=lambda pointwise, vertical, horizontal: Sizes(
+        pointwise[1], (vertical[2], horizontal[2]), (pointwise[0], pointwise[0])
+    ),
+    libraries={"depthwise": Library(_by_rank, _by_rank_backward)},
+    kernels={"triton": TritonKernels()},
 )

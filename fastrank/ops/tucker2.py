@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastrank import _checks, reference
-from fastrank.ops._conv import Pair, Shape, conv_macs, convolve, register_convolution
+from fastrank.ops._conv import Pair, Shape, Sizes, conv_macs, convolve, register_convolution
 from fastrank.ops._tucker2_kernels import CudaKernels
 from fastrank.ops._tucker2_triton import TritonKernels
 
@@ -73,6 +73,6 @@ register_convolution(
     merge_backward=reference.conv.tucker2_weight_backward,
     backward=reference.conv.tucker2_conv2d_backward,
     macs=_macs,
-    out_shape=lambda w_in, core, w_out: (w_out[0], (core[2], core[3])),
+    sizes=lambda w_in, core, w_out: Sizes(w_out[0], (core[2], core[3]), (core[1], core[0])),
     kernels={"triton": TritonKernels(), "cuda": CudaKernels(), "host": CudaKernels()},
 )

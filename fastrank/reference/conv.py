@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 ONE, ZERO = (1, 1), (0, 0)
 ACTIVATIONS = ("none", "relu", "silu")
 
@@ -91,9 +92,9 @@ def tucker2_conv2d_backward(
     z_in = F.conv2d(x, w_in4)
     z_out = F.conv2d(z_in, core, None, stride, padding, dilation)
     below_core = need_x or need_in
-    grad_z, grad_out = _step(grad, z_out, w_out4, (below_core or need_core, need_out))
-    grad_z, grad_core = _step(grad_z, z_in, core, (below_core, need_core), stride, padding, dilation)
-    grad_x, grad_in = _step(grad_z, x, w_in4, (need_x, need_in))
+    grad_z, grad_out = step(grad, z_out, w_out4, (below_core or need_core, need_out))
+    grad_z, grad_core = step(grad_z, z_in, core, (below_core, need_core), stride, padding, dilation)
+    grad_x, grad_in = step(grad_z, x, w_in4, (need_x, need_in))
     return grad_x, _flat(grad_in), grad_core, _flat(grad_out)
 
 
@@ -116,9 +117,9 @@ def cp_conv2d(
     """
     rank, out_channels, _ = pointwise.shape
     z = F.conv2d(x, _pointwise4(pointwise))
-    z = F.conv2d(z, _vertical4(vertical), None, *_vertical_geometry(stride, padding, dilation), rank * out_channels)
+    z = F.conv2d(z, _vertical4(vertical), None, *along_h(stride, padding, dilation), rank * out_channels)
     z = F.conv2d(
-        z, _horizontal4(horizontal), None, *_horizontal_geometry(stride, padding, dilation), rank * out_channels
+        z, _horizontal4(horizontal), None, *along_w(stride, padding, dilation), rank * out_channels
     )
     out = torch.unflatten(z, 1, (rank, out_channels)).sum(1)
     if bias is not None:
@@ -133,13 +134,19 @@ def cp_weight(pointwise: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor
 
 def cp_weight_backward(grad: Tensor, pointwise: Tensor, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, ...]:
     """Gradients of (pointwise, vertical, horizontal) from the gradient (O, I, kh, kw) of the kernel."""
-    over_i = torch.einsum("oiyx,roi->royx", grad, pointwise)
-    outer = torch.einsum("roy,rox->royx", vertical, horizontal)
-    return (
-        torch.einsum("oiyx,royx->roi", grad, outer),
-        torch.einsum("royx,rox->roy", over_i, horizontal),
-        torch.einsum("royx,roy->rox", over_i, vertical),
-    )
+    grad_pointwise = torch.einsum("oiyx,royx->roi", grad, cp_depthwise(vertical, horizontal))
+    grad_depthwise = torch.einsum("oiyx,roi->royx", grad, pointwise)
+    return grad_pointwise, *cp_depthwise_backward(grad_depthwise, vertical, horizontal)
+
+
+def cp_depthwise(vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """The kernels (R, O, kh, kw) of one depthwise pass that does what the vertical and the horizontal one do."""
+    return torch.einsum("roy,rox->royx", vertical, horizontal)
+
+
+def cp_depthwise_backward(grad: Tensor, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of (vertical, horizontal) from the gradient (R, O, kh, kw) of `cp_depthwise`."""
+    return torch.einsum("royx,rox->roy", grad, horizontal), torch.einsum("royx,roy->rox", grad, vertical)
 
 
 def cp_conv2d_backward(
@@ -157,23 +164,23 @@ def cp_conv2d_backward(
     need_x, need_point, need_vertical, need_horizontal = needs
     groups = pointwise.shape[0] * pointwise.shape[1]
     point4, vertical4, horizontal4 = _pointwise4(pointwise), _vertical4(vertical), _horizontal4(horizontal)
-    along_h = (*_vertical_geometry(stride, padding, dilation), groups)
-    along_w = (*_horizontal_geometry(stride, padding, dilation), groups)
+    over_h = (*along_h(stride, padding, dilation), groups)
+    over_w = (*along_w(stride, padding, dilation), groups)
     z_point = F.conv2d(x, point4)
-    z_vertical = F.conv2d(z_point, vertical4, None, *along_h)
+    z_vertical = F.conv2d(z_point, vertical4, None, *over_h)
     below = need_x or need_point
     # Every rank's map receives the same gradient: the backward of the sum over R.
     grad_z: Tensor | None = grad.unsqueeze(1).expand(-1, pointwise.shape[0], -1, -1, -1).flatten(1, 2)
-    grad_z, grad_horizontal = _step(
-        grad_z, z_vertical, horizontal4, (below or need_vertical, need_horizontal), *along_w
+    grad_z, grad_horizontal = step(
+        grad_z, z_vertical, horizontal4, (below or need_vertical, need_horizontal), *over_w
     )
-    grad_z, grad_vertical = _step(grad_z, z_point, vertical4, (below, need_vertical), *along_h)
-    grad_x, grad_point = _step(grad_z, x, point4, (need_x, need_point))
+    grad_z, grad_vertical = step(grad_z, z_point, vertical4, (below, need_vertical), *over_h)
+    grad_x, grad_point = step(grad_z, x, point4, (need_x, need_point))
     shaped = zip((grad_point, grad_vertical, grad_horizontal), (pointwise, vertical, horizontal), strict=True)
     return grad_x, *(None if g is None else g.reshape(factor.shape) for g, factor in shaped)
 
 
-def _step(
+def step(
     grad: Tensor | None,
     z: Tensor,
     weight: Tensor,
@@ -208,9 +215,11 @@ def _horizontal4(horizontal: Tensor) -> Tensor:
     return horizontal.flatten(0, 1)[:, None, None, :]
 
 
-def _vertical_geometry(stride: Pair, padding: Pair, dilation: Pair) -> tuple[Pair, Pair, Pair]:
+def along_h(stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
+    """The geometry of a kh×1 pass."""
     return (stride[0], 1), (padding[0], 0), (dilation[0], 1)
 
 
-def _horizontal_geometry(stride: Pair, padding: Pair, dilation: Pair) -> tuple[Pair, Pair, Pair]:
+def along_w(stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
+    """The geometry of a 1×kw pass."""
     return (1, stride[1]), (0, padding[1]), (1, dilation[1])

@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastrank._tables import Step
 from fastrank.tune._measure import Case, Timing, in_turns, measure
 
 CPU = torch.device("cpu")
+Times = dict[str, float]
 LIMIT_MACS = 1.2e9  # of one call: some 20 ms on a core
 LIMIT_ELEMENTS = 2**24
 # Kind of step -> how many of each group are measured.
@@ -38,10 +39,20 @@ LAYERS = {
     ("tucker2_conv2d", "inference"): 120,
     ("tucker2_conv2d", "forward"): 32,
     ("tucker2_conv2d", "backward"): 32,
-    ("cp_conv2d", "inference"): 40,
+    ("cp_conv2d", "inference"): 48,
     ("cp_conv2d", "forward"): 16,
     ("cp_conv2d", "backward"): 16,
+    ("channel_svd_conv2d", "inference"): 40,
+    ("channel_svd_conv2d", "forward"): 12,
+    ("channel_svd_conv2d", "backward"): 12,
+    ("spatial_svd_conv2d", "inference"): 40,
+    ("spatial_svd_conv2d", "forward"): 12,
+    ("spatial_svd_conv2d", "backward"): 12,
+    ("decoupled_svd_conv2d", "inference"): 24,
+    ("decoupled_svd_conv2d", "forward"): 12,
+    ("decoupled_svd_conv2d", "backward"): 12,
 }
+PATHS = ("cp_conv2d", "decoupled_svd_conv2d")  # of R paths of all output channels each
 # (I, O, map, stride) of 3×3 convolutions in ResNet-18 and -50, VGG-16 and the CIFAR ResNets.
 SHAPES = [
     (64, 64, 56, 1), (64, 128, 56, 2), (128, 128, 28, 1), (128, 256, 28, 2), (256, 256, 14, 1), (256, 512, 14, 2),
@@ -61,9 +72,18 @@ class Setup:
 
 
 def setups(threads: Iterable[int]) -> list[Setup]:
-    """What networks run in on a CPU: float32 and bfloat16, both layouts, at the given numbers of threads."""
-    kinds = itertools.product(threads, (torch.float32, torch.bfloat16), (False, True))
+    """What networks run in on a CPU: float32, bfloat16 where it is served, both layouts, at these numbers of threads.
+
+    Without the vendor's library a 16-bit convolution takes a hundred times as long as one of float32.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if _serves_bfloat16() else (torch.float32,)
+    kinds = itertools.product(threads, dtypes, (False, True))
     return [Setup(dtype, channels_last, count) for count, dtype, channels_last in kinds]
+
+
+def _serves_bfloat16() -> bool:
+    """Whether torch gives bfloat16 convolutions to its vendor's library here."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,8 @@ def calibrate(
         say(f"{len(layers)} layers")
     finally:
         torch.set_num_threads(before)
-    model = _tables.Model(groups, _scale(_tables.Model(groups, {}), layers[::2], setup))
+    plain = _tables.Model(groups, dict.fromkeys(_labels(), 1.0))
+    model = _tables.Model(groups, _scale(plain, layers[::2], setup))
     label = (str(setup.dtype).removeprefix("torch."), setup.channels_last, setup.threads)
     table.models[label] = model
     regret = _regret(model, layers[1::2], setup)
@@ -146,23 +167,17 @@ def _random_step(rng: random.Random, kind: str, setup: Setup) -> Step:
     elif plain == "convolution":
         step = _tables.steps("tucker2_conv2d", "dense", work, setup.dtype, setup.threads)[1]
     else:
-        rank = rng.choice((1, 1, 2, 4, 8))
-        few = min(target, 4096 // rank)
-        work = ConvWork(
-            batch,
-            source,
-            few,
-            (side, side),
-            (3, 3),
-            (rank, rank),
-            (1, 1),
-            (1, 1),
-            (1, 1),
-            setup.channels_last,
-            "forward",
+        rank, form, k = rng.choice((1, 1, 2, 4, 8)), rng.choice(PATHS), rng.choice((3, 3, 5))
+        work = replace(
+            work,
+            out_channels=min(target, 4096 // rank),
+            kernel=(k, k),
+            ranks=(rank, rank),
+            stride=work.stride if form == "decoupled_svd_conv2d" else (1, 1),
+            padding=(k // 2, k // 2),
         )
-        chosen = _tables.steps("cp_conv2d", "sequence", work, setup.dtype, setup.threads)
-        step = chosen[3] if plain == "sum" else chosen[rng.choice((1, 2))]
+        *_, last, total = _tables.steps(form, "sequence", work, setup.dtype, setup.threads)
+        step = total if plain == "sum" else last
     return step._replace(kind=f"{plain}-backward") if forward else step
 
 
@@ -188,11 +203,9 @@ def _call(step: Step, setup: Setup) -> Callable[[], object]:
     x = random_of(step.batch, step.in_channels, side, side)
     if kind == "sum":
         return lambda: x.unflatten(1, (-1, step.out_channels)).sum(1)  # type: ignore[no-untyped-call]
-    k = math.isqrt(step.taps)
-    if kind == "depthwise":
-        groups, kernel, pads, stride = step.in_channels, (step.taps, 1), (step.taps // 2, 0), 1
-    else:
-        groups, kernel, pads, stride = 1, (k, k), (k // 2, k // 2), -(-side // out)
+    k, groups, stride = math.isqrt(step.taps), step.in_channels if kind == "depthwise" else 1, -(-side // out)
+    kernel = (k, k) if k * k == step.taps else (step.taps, 1)
+    pads = kernel[0] // 2, kernel[1] // 2
     weight = random_of(step.out_channels, step.in_channels // groups, *kernel)
     if not backward:
         return partial(F.conv2d, x, weight, None, stride, pads, 1, groups)
@@ -221,13 +234,14 @@ def _sample_layers(setup: Setup, effort: float) -> Iterator[Case]:
         while left:
             i, o, side, stride = rng.choice(SHAPES)
             batch, share = rng.choice((1, 1, 2, 4, 8, 16, 32)), rng.uniform(0.1, 0.9)
-            if op == "cp_conv2d":
+            if op in PATHS:
                 rank = rng.choice((1, 1, 2, 4, 8))
-                ranks, largest = (rank, rank), 0.25 * LIMIT_MACS
+                ranks, largest, paths = (rank, rank), 0.25 * LIMIT_MACS, max(1.0, rank / 2)
             else:
                 ranks = max(1, round(share * i)), max(1, round(share * o * rng.uniform(0.7, 1.1)))
-                largest = LIMIT_MACS if call == "inference" else 0.25 * LIMIT_MACS
-            macs = 9 * i * o * (-(-side // stride)) ** 2 * batch * max(1.0, ranks[0] / 2 if op == "cp_conv2d" else 1.0)
+                ranks = ranks if op == "tucker2_conv2d" else ranks[:1] * 2
+                largest, paths = LIMIT_MACS if call == "inference" else 0.25 * LIMIT_MACS, 1.0
+            macs = 9 * i * o * (-(-side // stride)) ** 2 * batch * paths
             if macs <= largest:
                 left -= 1
                 work = ConvWork(
@@ -236,9 +250,16 @@ def _sample_layers(setup: Setup, effort: float) -> Iterator[Case]:
                 yield Case("", op, work, setup.dtype)
 
 
+def _labels() -> Iterator[str]:
+    """What a factor belongs to: operator, backend and call."""
+    for op, call in LAYERS:
+        for backend in _tables.LIBRARY[op]:
+            yield f"{op} {backend} {call}"
+
+
 def _predicted(model: _tables.Model, case: Case, setup: Setup) -> dict[str, float]:
     times = {}
-    for backend in ("dense", "sequence"):
+    for backend in _tables.LIBRARY[case.op]:
         parts = _tables.steps(case.op, backend, case.work, setup.dtype, setup.threads)
         us = model.predict(f"{case.op} {backend} {case.work.call}", parts)
         assert us is not None
@@ -247,7 +268,10 @@ def _predicted(model: _tables.Model, case: Case, setup: Setup) -> dict[str, floa
 
 
 def _scale(model: _tables.Model, layers: list[tuple[Case, Timing]], setup: Setup) -> dict[str, float]:
-    """What whole layers take over the sum of their calls: medians over the layers that are hard to decide."""
+    """What whole layers take over the sum of their calls: medians over the layers that are hard to decide.
+
+    That of each backend is taken relative to dense, so that what disturbed both drops out.
+    """
     scale = {}
     for op, call in LAYERS:
         found = [
@@ -255,23 +279,28 @@ def _scale(model: _tables.Model, layers: list[tuple[Case, Timing]], setup: Setup
             for case, timing in layers
             if (case.op, case.work.call) == (op, call)
         ]
-        found.sort(key=lambda pair: abs(math.log(pair[0]["dense"] / pair[0]["sequence"])))
-        close = found[: max(4, len(found) // 2)]
-        dense = statistics.median(us["dense"] / guess["dense"] for us, guess in close)
-        ratio = statistics.median(
-            us["sequence"] / us["dense"] * guess["dense"] / guess["sequence"] for us, guess in close
-        )
+        dense = statistics.median(us["dense"] / guess["dense"] for us, guess in _closest(found, "sequence"))
         scale[f"{op} dense {call}"] = float(f"{dense:.4g}")
-        scale[f"{op} sequence {call}"] = float(f"{dense * ratio:.4g}")
+        for name in set(_tables.LIBRARY[op]) - {"dense"}:
+            ratio = statistics.median(
+                us[name] / us["dense"] * guess["dense"] / guess[name] for us, guess in _closest(found, name)
+            )
+            scale[f"{op} {name} {call}"] = float(f"{dense * ratio:.4g}")
     return scale
+
+
+def _closest(found: list[tuple[Times, Times]], name: str) -> list[tuple[Times, Times]]:
+    """The half of the layers, four at least, on which a backend and dense differ least."""
+    ordered = sorted(found, key=lambda pair: abs(math.log(pair[0]["dense"] / pair[0][name])))
+    return ordered[: max(4, len(found) // 2)]
 
 
 def _regret(model: _tables.Model, layers: list[tuple[Case, Timing]], setup: Setup) -> Regret:
     ratios = []
     for case, timing in layers:
         guess = _predicted(model, case, setup)
-        chosen = "dense" if guess["dense"] < guess["sequence"] else "sequence"
-        ratios.append(timing.us[chosen] / min(timing.us["dense"], timing.us["sequence"]))
+        chosen = min(guess, key=lambda name: guess[name])
+        ratios.append(timing.us[chosen] / min(timing.us[name] for name in guess))
     ratios.sort()
     p50, p95 = (ratios[round(q * (len(ratios) - 1))] for q in (0.5, 0.95))
     return Regret(len(ratios), round(p50, 4), round(p95, 4), round(ratios[-1], 4))

@@ -19,15 +19,16 @@ from fastrank._backends import ConvWork
 from fastrank.convert import input_sizes, sites
 from fastrank.decompose.tucker import max_ranks
 from fastrank.nn import FusedTucker2Conv
+from fastrank.nn._forms import CP, SVD, TUCKER2, Form, chain, stages_of
 from fastrank.nn._fused import FusedConv2d
-from fastrank.nn._prepared import CP, TUCKER2, Form, chain, merged, stages_of, work_of
+from fastrank.nn._prepared import work_of
 
 # A sample lasts at least this long, so that the clock's resolution and the start of a kernel do not show.
 MIN_SAMPLE_SECONDS = 1.5e-3
 SAMPLES = 7
 # A spread that a quiet machine does not show, and how often such a measurement is tried.
 BUSY, ATTEMPTS = 0.2, 3
-FORMS: dict[str, Form] = {form.op: form for form in (TUCKER2, CP)}
+FORMS: dict[str, Form] = {form.op: form for form in (TUCKER2, CP, *SVD.values())}
 Call = Callable[[], object]
 
 
@@ -61,9 +62,10 @@ class Explanation:
 
 
 def cases(model: nn.Module, x: Tensor) -> list[Case]:
-    """The inferences of the compressed layers (FusedTucker2Conv, FusedCPConv) of `model` on the batch x (N, C, H, W).
+    """The inferences of the compressed layers of `model` on the batch x (N, C, H, W).
 
-    Runs one forward in eval mode. Raises ValueError where there is no such layer.
+    These are FusedTucker2Conv, FusedCPConv and SVDConv. Runs one forward in eval mode. Raises ValueError where there is
+    none of them.
     """
     found: dict[tuple[str, ConvWork], Case] = {}
     names = {module: name for name, module in model.named_modules() if isinstance(module, FusedConv2d)}
@@ -72,10 +74,11 @@ def cases(model: nn.Module, x: Tensor) -> list[Case]:
         assert isinstance(layer, FusedConv2d)
         padded, padding = layer._padded(layer._batched(inputs[0]))
         work = work_of(layer, padded, padding)
-        found[names[layer], work] = Case(names[layer], layer.FORM.op, work, padded.dtype)
+        found[names[layer], work] = Case(names[layer], layer.form.op, work, padded.dtype)
 
     if not names:
-        raise _checks.fail("model", "one with compressed layers (FusedTucker2Conv, FusedCPConv)", "none of them")
+        kinds = "one with compressed layers (FusedTucker2Conv, FusedCPConv, SVDConv)"
+        raise _checks.fail("model", kinds, "none of them")
     flags = [(module, module.training) for module in model.modules()]
     hooks = [layer.register_forward_pre_hook(note) for layer in names]
     try:
@@ -156,11 +159,10 @@ def contenders(case: Case, device: torch.device) -> dict[str, Call]:
     options = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
     calls: dict[str, Call] = {}
     for name in names:
-        if work.call == "inference" and name in ("sequence", "dense"):
-            dense = merged(form, factors) if name == "dense" else None
-            stages = stages_of(form, factors, dense, geometry, layout)
-            summed = work.ranks[0] if form is CP and dense is None else 0
-            calls[name] = partial(chain, stages, x, bias, summed)
+        if work.call == "inference" and name in _tables.LIBRARY[op]:
+            branches = stages_of(form, factors, name, geometry, layout)
+            summed = work.ranks[0] if form.sums and name == "sequence" else 0
+            calls[name] = partial(chain, branches, x, bias, summed)
         elif work.call == "backward":
             calls[name] = _backward(getattr(ops, op), x, factors, bias, {**options, "backend": name})
         else:
@@ -172,7 +174,13 @@ def _factor_shapes(op: str, work: ConvWork) -> list[tuple[int, ...]]:
     (kh, kw), (rank_in, rank_out), i, o = work.kernel, work.ranks, work.in_channels, work.out_channels
     if op == "tucker2_conv2d":
         return [(rank_in, i), (rank_out, rank_in, kh, kw), (o, rank_out)]
-    return [(rank_in, o, i), (rank_in, o, kh), (rank_in, o, kw)]
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "cp_conv2d": [(rank_in, o, i), (rank_in, o, kh), (rank_in, o, kw)],
+        "channel_svd_conv2d": [(rank_in, i, kh, kw), (o, rank_in, 1, 1)],
+        "spatial_svd_conv2d": [(rank_in, i, kh, 1), (o, rank_in, 1, kw)],
+        "decoupled_svd_conv2d": [(rank_in, o, i), (rank_in, o, kh, kw)],
+    }
+    return shapes[op]
 
 
 def _backward(op: Any, x: Tensor, factors: Sequence[Tensor], bias: Tensor, options: Mapping[str, Any]) -> Call:

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrank import _backends
-from fastrank._tables import Estimate
-from fastrank.nn import FusedCPConv, FusedTucker2Conv, _prepared
+from fastrank._tables import LIBRARY, Estimate
+from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv, _forms, _prepared
+from fastrank.nn.svd import SCHEMES
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 
@@ -28,7 +30,11 @@ GEOMETRIES = [
     {"kernel_size": 3, "padding": "same", "padding_mode": "circular"},
     {"kernel_size": 1},
 ]
-KINDS = {"tucker2": FusedTucker2Conv, "cp": FusedCPConv}
+KINDS = {
+    "tucker2": FusedTucker2Conv,
+    "cp": FusedCPConv,
+    **{scheme: partial(SVDConv, scheme=scheme) for scheme in SCHEMES},
+}
 
 
 @pytest.fixture(params=["sequence", "dense"])
@@ -37,6 +43,10 @@ def chosen(request, monkeypatch):
     choice = _backends.Choice(request.param, Estimate({request.param: 1.0}, "made up"))
     monkeypatch.setattr(_backends, "fastest", lambda facts: choice)
     return request.param
+
+
+def choose(monkeypatch, name):
+    monkeypatch.setattr(_backends, "fastest", lambda facts: _backends.Choice(name, Estimate()))
 
 
 @pytest.fixture
@@ -48,7 +58,7 @@ def layer_of(kind="tucker2", dtype=torch.float32, **options):
     torch.manual_seed(0)
     options = {"kernel_size": 3, "padding": 1, **options}
     size = options.pop("kernel_size")
-    ranks = 2 if size != 1 or kind != "cp" else 1
+    ranks = 2 if size != 1 or kind not in ("cp", "decoupled") else 1
     return KINDS[kind](5, 6, size, ranks, dtype=dtype, **options).eval().requires_grad_(False)
 
 
@@ -63,10 +73,14 @@ def served_by_the_operator(layer, x, residual=None):
     return layer._prepared(layer, x, residual) is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FORMS = [(kind, name) for kind in KINDS for name in LIBRARY[layer_of(kind).form.op]]
+
+
+@pytest.mark.parametrize(("kind", "name"), FORMS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-def test_equals_the_operator_in_every_geometry(chosen, kind, geometry, activation):
+def test_equals_the_operator_in_every_geometry(kind, name, geometry, activation, monkeypatch):
+    choose(monkeypatch, name)
     for bias in (True, False):
         layer = layer_of(kind, torch.float64, activation=activation, bias=bias, **geometry)
         for x in (randn(3, 5, 11, 9, dtype=torch.float64), randn(5, 11, 9, dtype=torch.float64)):
@@ -80,10 +94,11 @@ def test_equals_the_operator_in_every_geometry(chosen, kind, geometry, activatio
                 assert residual is None or torch.equal(residual, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", EPS)
-def test_equals_the_operator_in_every_layout_and_dtype(chosen, kind, layout, dtype):
+def test_equals_the_operator_in_every_layout_and_dtype(kind, name, layout, dtype, monkeypatch):
+    choose(monkeypatch, name)
     layer = layer_of(kind, dtype)
     x = lay_out(randn(3, 5, 8, 7, dtype=dtype), layout)
     found, wanted = fast(layer, x), layer._operate(x, None)
@@ -96,10 +111,10 @@ def test_equals_the_operator_in_every_layout_and_dtype(chosen, kind, layout, dty
 def test_the_merged_kernel_is_rounded_once(dense):
     layer = layer_of(dtype=torch.bfloat16)
     fast(layer, randn(1, 5, 8, 8, dtype=torch.bfloat16))
-    ((weight,),) = layer._prepared._kept.weights.values()
+    (((stage,),),) = layer._prepared._kept.stages.values()
     factors = [getattr(layer, name).double() for name in ("w_in", "core", "w_out")]
-    exact = _prepared.TUCKER2.merge(*factors)
-    assert bool(((weight.double() - exact).abs() <= 0.51 * EPS[torch.bfloat16] * exact.abs() + 1e-12).all())
+    exact = _forms.TUCKER2.merge(*factors)
+    assert bool(((stage.weight.double() - exact).abs() <= 0.51 * EPS[torch.bfloat16] * exact.abs() + 1e-12).all())
 
 
 def test_the_module_call_takes_the_fast_path_and_only_without_gradients(chosen, monkeypatch):
@@ -233,12 +248,13 @@ def test_memory_is_kept_only_where_it_is_needed_and_goes_with_the_layer(chosen):
     for x in (randn(2, 5, 8, 8), randn(1, 5, 6, 6), randn(5, 6, 6)):
         fast(layer, x)
     kept = layer._prepared._kept
-    assert [backend for backend, _ in kept.weights] == [chosen]
+    assert [backend for backend, *_ in kept.stages] == [chosen]
     own = {getattr(layer, name).data_ptr() for name in ("w_in", "core", "w_out")}
-    (weights,) = kept.weights.values()
+    ((branch,),) = kept.stages.values()
+    weights = [stage.weight for stage in branch]
     assert ({weight.data_ptr() for weight in weights} == own) == (chosen == "sequence")
     watched = [weakref.ref(weight) for weight in weights]
-    del weights, kept
+    del weights, branch, kept
     layer.eval()
     assert [ref() for ref in watched] == [None] * len(watched)
     fast(layer, randn(2, 5, 8, 8))
@@ -294,7 +310,7 @@ def test_a_kernel_that_is_chosen_runs_as_the_operator(monkeypatch):
     layer, x = layer_of(), randn(2, 5, 8, 8)
     assert served_by_the_operator(layer, x)
     assert served_by_the_operator(layer, x)
-    assert layer._prepared._kept.weights == {}
+    assert layer._prepared._kept.stages == {}
 
 
 def test_a_backend_by_name_goes_to_the_operator():
