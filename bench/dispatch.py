@@ -1,9 +1,10 @@
-"""How far inference by the dispatcher is from the best of the dense layer and the three convolutions, on this CPU.
+"""How far inference by the dispatcher is from the best of the dense layer and the published block, on this CPU.
 
     python bench/dispatch.py [--out FILE] [--rounds 60] [--threads 2]
 
 Every compressed layer as users call it (`auto`, eval mode, no gradients) against `to_dense()` and `to_sequential()`,
-in turns in one process: the layers of the shipped table, and layers whose shapes it has not seen.
+in turns in one process: Tucker-2 layers of the shipped table, Tucker-2 layers whose shapes it has not seen, and CP
+layers, whose `to_sequential()` is NORTON's block of four operations.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import timing
 import torch
 from tucker2_layers import OTHERS, RESNET18
 
-from fastrank.nn import FusedTucker2Conv
+from fastrank import tune
+from fastrank.nn import FusedCPConv, FusedTucker2Conv
 
 
 class Case(NamedTuple):
-    """A Tucker-2 layer of a 3×3 kernel with padding 1, and its input."""
+    """A layer of a 3×3 kernel with padding 1, and its input. ranks: (R_in, R_out) of Tucker-2, R of CP."""
 
     in_channels: int
     out_channels: int
     stride: int
     size: int
-    ranks: tuple[int, int]
+    ranks: tuple[int, int] | int
     batch: int
 
 
@@ -61,10 +63,30 @@ def unseen(count: int = 40) -> list[Case]:
     return found
 
 
+def cp_layers() -> list[Case]:
+    """3×3 layers of ResNets and VGG at the ranks of NORTON's networks and around them."""
+    shapes = [(64, 64, 1, 56), (64, 64, 1, 32), (128, 128, 1, 28), (128, 128, 1, 16), (256, 256, 1, 14)]
+    shapes += [(256, 256, 1, 8), (512, 512, 1, 7), (64, 128, 2, 56), (128, 256, 2, 28)]
+    return [
+        Case(i, o, stride, size, rank, batch)
+        for rank in (1, 2, 4, 8)
+        for i, o, stride, size in shapes
+        for batch in (1, 8)
+        if size * batch * rank <= 512
+    ]
+
+
+def layer_of(case: Case) -> FusedTucker2Conv | FusedCPConv:
+    geometry: dict[str, Any] = {"stride": case.stride, "padding": 1}
+    if isinstance(case.ranks, int):
+        return FusedCPConv(case.in_channels, case.out_channels, 3, case.ranks, **geometry).eval()
+    return FusedTucker2Conv(case.in_channels, case.out_channels, 3, case.ranks, **geometry).eval()
+
+
 def measure(case: Case, rounds: int, channels_last: bool) -> dict[str, Any]:
     """Medians in microseconds, and how many times the best of the two the layer takes."""
     torch.manual_seed(0)
-    layer = FusedTucker2Conv(case.in_channels, case.out_channels, 3, case.ranks, stride=case.stride, padding=1).eval()
+    layer = layer_of(case)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(case.batch, case.in_channels, case.size, case.size).to(memory_format=memory_format)
     models = {"auto": layer, "dense": layer.to_dense(), "sequence": layer.to_sequential()}
@@ -87,7 +109,7 @@ def measure(case: Case, rounds: int, channels_last: bool) -> dict[str, Any]:
     best = min("dense", "sequence", key=lambda name: medians[name])
     return {
         **case._asdict(), "channels_last": channels_last, "us": medians, "best": best,
-        "over_best": medians["auto"] / medians[best],
+        "over_best": medians["auto"] / medians[best], "over_published": medians["sequence"] / medians["auto"],
     }  # fmt: skip
 
 
@@ -117,9 +139,41 @@ def table(results: dict[str, Any]) -> str:
             f"| {name} | {found['layers']} | {found['p50']:.3f} | {found['p95']:.3f} | {found['worst']:.2f} | "
             f"{found['within_5_percent']:.0%} | {found['wrong_choice_would_cost_p50']:.2f} |"
         )
+    return "\n".join(lines) + "\n\n" + _note(results, "times over the best choice's")
+
+
+def cp_summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Times faster than the published block: lowest, median and highest; share of the layers from 1.5 times on."""
+    ratios = sorted(row["over_published"] for row in rows)
+    return {
+        "layers": len(rows),
+        "lowest": ratios[0],
+        "p50": statistics.median(ratios),
+        "highest": ratios[-1],
+        "from_1.5": sum(ratio >= 1.5 for ratio in ratios) / len(ratios),
+        "within_5_percent": sum(row["over_best"] <= 1.05 for row in rows) / len(rows),
+        "dense_p50": statistics.median(row["us"]["dense"] / row["us"]["auto"] for row in rows),
+    }
+
+
+def cp_table(results: dict[str, Any]) -> str:
+    """The CP layers in Markdown, a line a layout and rank."""
+    lines = [
+        "| layers | how many | lowest | median | highest | 1.5 and more | within 5 % of best | over dense, median |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, group in results["cp"].items():
+        found = group["summary"]
+        lines.append(
+            f"| {name} | {found['layers']} | {found['lowest']:.2f} | {found['p50']:.2f} | {found['highest']:.2f} | "
+            f"{found['from_1.5']:.0%} | {found['within_5_percent']:.0%} | {found['dense_p50']:.2f} |"
+        )
+    return "\n".join(lines) + "\n\n" + _note(results, "times faster than the published block of four operations")
+
+
+def _note(results: dict[str, Any], what: str) -> str:
     machine = results["environment"]
-    note = f"float32, {machine['cpu_threads']} threads, torch {machine['torch']}; times over the best choice's."
-    return "\n".join(lines) + f"\n\n{note}"
+    return f"float32, {machine['cpu_threads']} threads, {machine['device']}, torch {machine['torch']}; {what}."
 
 
 def main() -> None:
@@ -136,8 +190,16 @@ def main() -> None:
             rows = [measure(case, options.rounds, channels_last) for case in cases]
             groups[group] = {"summary": summary(rows), "rows": rows}
             print(group, {key: round(value, 3) for key, value in summary(rows).items()}, flush=True)
+    cp: dict[str, Any] = {}
+    for channels_last in (False, True):
+        for rank in (1, 2, 4, 8):
+            rows = [measure(case, options.rounds, channels_last) for case in cp_layers() if case.ranks == rank]
+            group = f"R = {rank}, {'NHWC' if channels_last else 'NCHW'}"
+            cp[group] = {"summary": cp_summary(rows), "rows": rows}
+            print(group, {key: round(value, 3) for key, value in cp_summary(rows).items()}, flush=True)
     if options.out:
-        text = json.dumps({"environment": timing.environment(), "groups": groups}, indent=1)
+        machine = timing.environment() | tune.environment()
+        text = json.dumps({"environment": machine, "groups": groups, "cp": cp}, indent=1)
         options.out.write_text(text + "\n", encoding="utf-8")
 
 

@@ -36,7 +36,13 @@ CPU_ONLY = ("decompose",)  # benchmarks of the host
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FAMILIES = sorted({path.stem[5:] for path in (ROOT / "bench").glob("test_*.py")} - set(CPU_ONLY))
 # What the names of a family's tests hold besides its own.
-TESTS = {"linalg": ("linalg", "spectral", "nonfinite", "resume"), "networks": ("fuse", "prepared")}
+TESTS = {
+    "gates": ("gate",),
+    "linalg": ("linalg", "spectral", "nonfinite", "resume"),
+    "networks": ("fuse", "prepared"),
+    "norton": ("cp", "depthwise"),
+    "svd": ("channel", "svd"),
+}
 
 
 @dataclass

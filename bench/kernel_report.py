@@ -31,11 +31,13 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 # Most dynamic shared memory a launch asks for, which a compiler cannot know. Every __global__ of csrc stands here.
 DYNAMIC_SHARED = {
-    "gated_factor_kernel": 32,
-    "gated_factor_backward_kernel": 64,
+    "gated_factors_kernel": 32,
+    "gated_factors_backward_kernel": 64,
     "funnel_partials_kernel": 32,
     "funnel_finish_kernel": 32,
     "funnel_backward_kernel": 0,
+    "funnel_proximal_kernel": 0,
+    "count_below_kernel": 64,
     "measure_kernel": 0,
     "stage_kernel": 16640,
     "gram_kernel": 17408,
@@ -55,6 +57,8 @@ DYNAMIC_SHARED = {
 # Kernels that are empty on every other architecture, and the instructions that kernels must show.
 ONLY_ON = {"tucker2_hopper_kernel": "sm_90a"}
 WANTED = {"tucker2_hopper_kernel": "hgmma", "tucker2_ampere_kernel": "hmma"}
+# Triton kernels that must show either, but where float32 is multiplied as it is.
+TENSOR = {"depthwise_kernel", "depthwise_input_kernel", "depthwise_weights_kernel"}
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,8 @@ def problems(rows: list[Row], skipped: dict[str, str]) -> list[str]:
             found.append(f"{where} uses {row.registers} registers")
         if (wanted := WANTED.get(row.kernel)) and not getattr(row, wanted):
             found.append(f"{where} has no {wanted.upper()} in its machine code")
+        if row.kernel in TENSOR and "TF32=0" not in row.variant and not (row.hmma or row.hgmma):
+            found.append(f"{where} has no tensor-core instructions in its machine code")
         if row.shared_bytes > SHARED_LIMIT:
             found.append(f"{where} needs {row.shared_bytes} bytes of shared memory, of {SHARED_LIMIT}")
     for source, names in kernels_in_source().items():

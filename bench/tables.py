@@ -4,7 +4,8 @@ README.md: the demo's table comes from bench/results/demo-cpu.json (a summary.js
 operator from its registered backends, the shipped tables of times and the GPU results under bench/results.
 docs/recipes.md: the recipe files. docs/accuracy.md: bench/results/accuracy-cpu.json (of bench/accuracy.py).
 docs/kernels/tucker2.md: what the plan predicts, where `fastrank._host` is built; the goals, and what was measured of
-them in the newest bench/results/gpu* folder that holds such a run.
+them in the newest bench/results/gpu* folder that holds such a run. docs/networks.md: bench/results/norton-cpu.json (of
+bench/norton.py), and the newest such folder with NORTON's networks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import dispatch
 import goals
+import norton_page
 import polar_accuracy
 import tucker2_model
 from studies import pages
@@ -101,7 +103,7 @@ def automatic(op: str) -> str:
     for device in ("cpu", "cuda"):
         names = set()
         for path in SHIPPED.glob("*.json"):
-            if (path.stem == "cpu") == (device == "cpu"):
+            if path.stem.startswith("cpu") == (device == "cpu"):
                 table = Table.loads(path.read_text(encoding="utf-8"))
                 names |= {name for key, us in table.rows.items() if key.op == op for name in us}
                 scales = [scale.split() for model in table.models.values() for scale in model.scale]
@@ -138,9 +140,9 @@ def recipes_table() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def gpu_results() -> Path | None:
-    """The folder of the newest committed GPU run of the Tucker-2 convolution, by its name."""
-    return max((path.parent for path in RESULTS.glob("gpu*/bench_tucker2.jsonl")), default=None)
+def gpu_results(family: str = "tucker2") -> Path | None:
+    """The folder of the newest committed GPU run of a family of benchmarks, by its name."""
+    return max((path.parent for path in RESULTS.glob(f"gpu*/bench_{family}.jsonl")), default=None)
 
 
 def goals_page() -> str:
@@ -152,9 +154,17 @@ def goals_page() -> str:
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_table, "status": status_table},
     "docs/recipes.md": {"recipes": recipes_table},
-    "docs/dispatch.md": {"dispatch": lambda: dispatch.table(result("dispatch-cpu.json"))},
+    "docs/dispatch.md": {
+        "dispatch": lambda: dispatch.table(result("dispatch-cpu.json")),
+        "cp": lambda: dispatch.cp_table(result("dispatch-cpu.json")),
+    },
     "docs/kernels/polar.md": {"accuracy": lambda: polar_accuracy.table(result("polar-accuracy.json")["rows"])},
     "docs/kernels/tucker2.md": {"goals": goals_page},
+    "docs/networks.md": {
+        "networks": lambda: norton_page.classifiers(result("norton-cpu.json")),
+        "networks-gpu": lambda: norton_page.classifiers_on_gpu(gpu_results("norton")),
+        "detector": lambda: norton_page.detector(result("norton-cpu.json"), gpu_results("norton")),
+    },
     "docs/accuracy.md": {
         name: lambda make=make: make(result("accuracy-cpu.json")) for name, make in pages.TABLES.items()
     },

@@ -1,14 +1,15 @@
-"""Gated factors and the funnel penalty against the chain of PyTorch calls a user would write, layer by layer.
+"""Gates of a whole model: lists of factors against a loop of single calls and a chain of torch._foreach operators.
 
     pytest bench/test_gates.py --benchmark-json=gates.json
 
-On a CPU: wall time of the reference. On a GPU: every backend, and in extra_info the times inside a CUDA graph.
+On a CPU: wall time of the reference. On a GPU: every backend, and in extra_info the times inside a CUDA graph and the
+bytes that a call has to move, which its bandwidth follows from.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,100 +18,167 @@ import torch
 from torch import Tensor
 
 from fastrank import _backends
-from fastrank.ops import funnel_penalty, gated_factor
+from fastrank.ops import count_below, funnel_penalty, funnel_proximal_, gated_factor, gated_factors
 
 sys.path.insert(0, str(Path(__file__).parent))
 import timing
 
 DEVICE = timing.DEVICE
-CONTENDERS = ["naive", "reference", "triton", "cuda"]
+BACKENDS = ["reference", "triton", "cuda"]
+CONTENDERS = ["naive", "foreach", "loop", *BACKENDS]
 
 # (in, out) channels of ResNet-18's sixteen 3x3 convolutions; a full-rank Tucker-2 has three factors for each.
 CONVS = [*[(64, 64)] * 4, (64, 128), *[(128, 128)] * 3, (128, 256), *[(256, 256)] * 3, (256, 512), *[(512, 512)] * 3]
 SOME = CONVS if DEVICE == "cuda" else CONVS[:8]  # a CPU takes seconds over the wide layers
-FACTORS = [shape for i, o in SOME for shape in ((i, i), (o, i, 3, 3), (o, o))]
+RESNET = [shape for i, o in SOME for shape in ((i, i), (o, i, 3, 3), (o, o))]
+# Lists of one shape, told by their bytes: where a kernel's bandwidth shows.
+MEBIBYTE = 2**20 // 4
+LARGE = {
+    f"{size} MB of rows of {row}": [(MEBIBYTE * size // 8 // row, row)] * 8
+    for size in (64, 256, 1024)
+    for row in (64, 576, 4608)
+}
+LISTS = {"ResNet-18": RESNET, **(LARGE if DEVICE == "cuda" else {})}
+
+
+def along(gate: Tensor, direction: Tensor) -> Tensor:
+    return gate.view(-1, *(1,) * (direction.dim() - 1))
 
 
 def naive_factor(direction: Tensor, gate: Tensor) -> Tensor:
-    shape = (-1, *(1,) * (direction.dim() - 1))
-    return gate.view(shape) * direction / direction.flatten(1).norm(dim=1).view(shape)
+    return along(gate, direction) * direction / along(direction.flatten(1).norm(dim=1), direction)
 
 
-def naive_penalty(gates: list[Tensor], c: float) -> Tensor:
+def foreach_factors(directions: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """The shortest chain that torch._foreach offers: no operator of it reduces over the slices of a tensor."""
+    norms = [torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim()))) for v in directions]
+    scales = torch._foreach_div(list(gates), norms)
+    return list(torch._foreach_mul(list(directions), [along(s, v) for s, v in zip(scales, directions, strict=True)]))
+
+
+def naive_penalty(gates: Sequence[Tensor], c: float) -> Tensor:
     total = gates[0].new_zeros(())
     for gate in gates:
         total = total + (gate.abs() / (gate.abs() + c)).sum()
     return total
 
 
-def factor_by(contender: str) -> Callable[[Tensor, Tensor], Tensor]:
-    return naive_factor if contender == "naive" else lambda v, g: gated_factor(v, g, backend=contender)
+def foreach_penalty(gates: Sequence[Tensor], c: float) -> Tensor:
+    sizes = torch._foreach_abs(list(gates))
+    terms = torch._foreach_div(sizes, torch._foreach_add(sizes, c))
+    return torch.stack([term.sum() for term in terms]).sum()
 
 
-def penalty_by(contender: str) -> Callable[[list[Tensor]], Tensor]:
+def factors_by(contender: str) -> Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]:
+    if contender == "naive":
+        return lambda v, g: [naive_factor(*pair) for pair in zip(v, g, strict=True)]
+    if contender == "foreach":
+        return foreach_factors
+    if contender == "loop":
+        fastest = "cuda" if DEVICE == "cuda" else "reference"
+        return lambda v, g: [gated_factor(*pair, backend=fastest) for pair in zip(v, g, strict=True)]
+    return lambda v, g: gated_factors(v, g, backend=contender)
+
+
+def penalty_by(contender: str) -> Callable[[Sequence[Tensor]], Tensor]:
     if contender == "naive":
         return lambda gates: naive_penalty(gates, 0.1)
+    if contender == "foreach":
+        return lambda gates: foreach_penalty(gates, 0.1)
     return lambda gates: funnel_penalty(gates, 0.1, backend=contender)
 
 
 def needs(contender: str, op: str) -> None:
     """Skip, with the reason, where a contender cannot run; the interpreter is no contender."""
-    if contender == "naive":
-        return
+    backend = {"naive": "reference", "foreach": "reference", "loop": "cuda" if DEVICE == "cuda" else "reference"}
     if contender == "triton" and DEVICE == "cpu":
         pytest.skip("Triton kernels need a GPU to be timed")
-    verdict = _backends.explain(_backends.facts(op, torch.empty(0, device=DEVICE)))[contender]
+    verdict = _backends.explain(_backends.facts(op, torch.empty(0, device=DEVICE)))[backend.get(contender, contender)]
     if not verdict:
         pytest.skip(verdict.reason)
 
 
-def tensors() -> tuple[list[Tensor], list[Tensor]]:
+def tensors(shapes: Sequence[tuple[int, ...]]) -> tuple[list[Tensor], list[Tensor]]:
     """Directions and gates of all factors."""
     torch.manual_seed(0)
-    directions = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in FACTORS]
-    return directions, [torch.rand(shape[0], device=DEVICE, requires_grad=True) for shape in FACTORS]
+    directions = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    return directions, [torch.rand(shape[0], device=DEVICE, requires_grad=True) for shape in shapes]
 
 
+def moved(tensors: Sequence[Tensor], times: int) -> int:
+    return times * sum(x.numel() * x.element_size() for x in tensors)
+
+
+@pytest.mark.parametrize("shapes", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.benchmark(group="gated_factor, ResNet-18 factors, forward")
-def test_gated_factor(benchmark: Any, contender: str) -> None:
+@pytest.mark.benchmark(group="gated_factors, forward")
+def test_gated_factors(benchmark: Any, contender: str, shapes: list[tuple[int, ...]]) -> None:
     needs(contender, "gated_factor")
-    directions, gates = tensors()
-    function, count = factor_by(contender), len(directions)
-    for direction, gate in zip(directions, gates, strict=True):  # what is wrong is not timed
-        torch.testing.assert_close(function(direction, gate), naive_factor(direction, gate))
+    directions, gates = tensors(shapes)
+    function, count = factors_by(contender), len(directions)
+    for out, v, g in zip(function(directions, gates), directions, gates, strict=True):  # what is wrong is not timed
+        torch.testing.assert_close(out, naive_factor(v, g))
 
     def call(inputs: Any) -> None:
         with torch.no_grad():
-            for direction, gate in zip(inputs[:count], inputs[count:], strict=True):
-                function(direction, gate)
+            function(inputs[:count], inputs[count:])
 
-    timing.measure(benchmark, call, directions + gates, bytes_moved=2 * 4 * sum(v.numel() for v in directions))
+    timing.measure(benchmark, call, directions + gates, bytes_moved=moved(directions, 2) + moved(gates, 1))
 
 
+@pytest.mark.parametrize("shapes", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.benchmark(group="gated_factor, ResNet-18 factors, forward and backward")
-def test_gated_factor_training(benchmark: Any, contender: str) -> None:
+@pytest.mark.benchmark(group="gated_factors, forward and backward")
+def test_gated_factors_training(benchmark: Any, contender: str, shapes: list[tuple[int, ...]]) -> None:
     needs(contender, "gated_factor")
-    directions, gates = tensors()
-    function, count = factor_by(contender), len(directions)
+    directions, gates = tensors(shapes)
+    function, count = factors_by(contender), len(directions)
     upstream = [torch.randn_like(v) for v in directions]
 
     def call(inputs: Any) -> None:
-        out = [function(v, g) for v, g in zip(inputs[:count], inputs[count:], strict=True)]
-        torch.autograd.grad(out, list(inputs), upstream)
+        torch.autograd.grad(function(inputs[:count], inputs[count:]), list(inputs), upstream)
 
-    timing.measure(benchmark, call, directions + gates, bytes_moved=5 * 4 * sum(v.numel() for v in directions))
+    timing.measure(benchmark, call, directions + gates, bytes_moved=moved(directions, 5) + moved(gates, 3))
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("contender", ["naive", "foreach", *BACKENDS])
 @pytest.mark.benchmark(group="funnel_penalty, ResNet-18 gates, forward and backward")
 def test_funnel_penalty(benchmark: Any, contender: str) -> None:
     needs(contender, "funnel_penalty")
-    gates, function = tensors()[1], penalty_by(contender)
+    gates, function = tensors(RESNET)[1], penalty_by(contender)
     torch.testing.assert_close(function(gates), naive_penalty(gates, 0.1))
 
     def call(inputs: Any) -> None:
         torch.autograd.grad(function(list(inputs)), list(inputs))
 
-    timing.measure(benchmark, call, gates, bytes_moved=3 * 4 * sum(g.numel() for g in gates))
+    timing.measure(benchmark, call, gates, bytes_moved=moved(gates, 3))
+
+
+@pytest.mark.parametrize("contender", ["loop", *BACKENDS])
+@pytest.mark.benchmark(group="funnel_proximal_, ResNet-18 gates")
+def test_funnel_proximal(benchmark: Any, contender: str) -> None:
+    needs(contender, "funnel_proximal_")
+    gates = [gate.detach() for gate in tensors(RESNET)[1]]
+    loop = contender == "loop"
+    backend = ("cuda" if DEVICE == "cuda" else "reference") if loop else contender
+
+    def call(inputs: Any) -> None:
+        for part in [[gate] for gate in inputs] if loop else [list(inputs)]:
+            funnel_proximal_(part, 1e-6, 0.1, backend=backend)
+
+    timing.measure(benchmark, call, gates, bytes_moved=moved(gates, 2))
+
+
+@pytest.mark.parametrize("contender", ["naive", *BACKENDS])
+@pytest.mark.benchmark(group="count_below, ResNet-18 gates")
+def test_count_below(benchmark: Any, contender: str) -> None:
+    needs(contender, "count_below")
+    gates = [gate.detach() for gate in tensors(RESNET)[1]]
+
+    def call(inputs: Any) -> None:
+        if contender == "naive":
+            torch.stack([(gate.abs() < 0.02).sum() for gate in inputs])
+        else:
+            count_below(list(inputs), 0.02, backend=contender)
+
+    timing.measure(benchmark, call, gates, bytes_moved=moved(gates, 1))

@@ -46,14 +46,14 @@ def test_finds_what_is_wrong(script: ModuleType) -> None:
     rows = [
         script.Row(kernel="a", spill_bytes=8, local_bytes=0, shared_bytes=0, **good),
         script.Row(kernel="b", spill_bytes=0, local_bytes=0, shared_bytes=228 * 1024, **good),
-        script.Row(kernel="gated_factor_kernel", spill_bytes=0, local_bytes=0, shared_bytes=0, **good),
+        script.Row(kernel="gated_factors_kernel", spill_bytes=0, local_bytes=0, shared_bytes=0, **good),
     ]
     text = "\n".join(script.problems(rows, {}))
     assert "a () on sm_90a spills 8 bytes" in text
     assert "b () on sm_90a needs 233472 bytes of shared memory" in text
-    assert "cuda gated_factor_backward_kernel is not in the table" in text
-    assert "triton gated_factor_kernel is not in the table" in text
-    assert "cuda gated_factor_kernel is not in the table" not in text
+    assert "cuda gated_factors_backward_kernel is not in the table" in text
+    assert "triton gated_factors_kernel is not in the table" in text
+    assert "cuda gated_factors_kernel is not in the table" not in text
     assert "triton" not in "\n".join(script.problems(rows, {"triton": "not installed"}))
 
 

@@ -13,7 +13,7 @@ import torch
 
 import fastrank.ops
 from fastrank import _native
-from fastrank.ops import _register, gates
+from fastrank.ops import _register
 
 ROOT = Path(fastrank.__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -80,26 +80,6 @@ def test_host_says_what_it_is() -> None:
     facts = _native.host().build_facts()
     assert set(facts) == {"compiler", "cplusplus", "nvcc", "archs"}
     assert facts["cplusplus"] >= 201703
-
-
-@pytest.mark.skipif(not _native.load("_host"), reason=_native.why_missing("_host") or "built")
-@pytest.mark.parametrize(("rows", "row_size"), [(0, 3), (3, 0), (1, 1), (17, 27), (64, 1024), (64, 1025), (5, 2**33)])
-@pytest.mark.parametrize("aligned", [False, True])
-def test_launch_plan_covers_every_row(rows: int, row_size: int, aligned: bool) -> None:
-    plan = _native.host().gated_plan(rows, row_size, element_bytes=2, aligned=aligned, sums=2)
-    rows_per_block = plan["threads"] // plan["lanes"]
-    if rows * row_size == 0:
-        assert plan["blocks"] == 0
-    else:
-        assert (plan["blocks"] - 1) * rows_per_block < rows <= plan["blocks"] * rows_per_block
-    assert row_size % plan["pack"] == 0
-    assert plan["pack"] == 1 or aligned
-
-
-@pytest.mark.skipif(not _native.load("_host"), reason=_native.why_missing("_host") or "built")
-def test_partial_sums_are_allocated_for_every_chunk() -> None:
-    for size in (0, 1, gates.FUNNEL_CHUNK, gates.FUNNEL_CHUNK + 1):
-        assert _native.host().funnel_chunks(size) == -(-size // gates.FUNNEL_CHUNK)
 
 
 def run(code: str, **environment: str) -> str:

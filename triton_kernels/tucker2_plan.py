@@ -26,7 +26,7 @@ class Convolution:
     """A 1×1 → kh×kw → 1×1 convolution of (batch, channels, *in_size) to (batch, outs, *out_size), or its transpose.
 
     ranks is (R1, R2) in the order of use. The transpose maps from what the convolution of this geometry writes to what
-    it reads.
+    it reads. project, expand: whether the first and the last step are there; R1 is channels, R2 outs where not.
     """
 
     batch: int
@@ -41,6 +41,8 @@ class Convolution:
     dilation: Pair
     transposed: bool
     itemsize: int
+    project: bool = True
+    expand: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Plan:
     channels: int  # padded to whole steps of the loop
     outs: int
     packed: int  # elements of the packed weights
-    scratch: int  # elements of z1 a program
+    scratch: int  # elements of z1 and z2 a program
     options: dict[str, int]
 
 
@@ -97,6 +99,13 @@ def parts(rank: int, least: int) -> tuple[int, int, int]:
     powers = [p for p in (16, 32, 64, 128) if p >= least or p >= share]
     pairs = [(a, b) for a in powers for b in (0, *powers) if a >= b and a + b >= share]
     return (*min(pairs, key=lambda pair: (sum(pair), pair[1])), passes)
+
+
+def steps_of(channels: int, longest: int) -> tuple[int, int, int]:
+    """Channels as `parts` of the length of a step, where the core reads them itself: whole steps waste few."""
+    lengths = [length for length in (longest, longest // 2, longest // 4) if length >= 16]
+    length = min(lengths, key=lambda each: -(-channels // each) * each * (1 + 16 / each))
+    return length, 0, -(-channels // length)
 
 
 def _block(size: int) -> int:
@@ -130,22 +139,24 @@ def plan(work: Convolution, processors: int, unit: str) -> Plan:
     size = math.ceil(work.out_size[0] / axes[0].phases), math.ceil(work.out_size[1] / axes[1].phases)
     sums = MAX_SUMS // 2 if unit == "fma" else MAX_SUMS
     longest = 128 // work.itemsize  # elements of a step: 128 bytes
-    main_1, rest_1, passes_1 = parts(work.ranks[0], 32)
+    main_1, rest_1, passes_1 = parts(work.ranks[0], 32) if work.project else steps_of(work.channels, longest)
+    whole = work.project and work.expand
     # z2 stays in registers as the operand of the last product where these can hold that operand as a whole.
-    resident = work.ranks[1] * work.itemsize <= MAX_RESIDENT
+    resident = not work.expand or work.ranks[1] * work.itemsize <= MAX_RESIDENT
     main_2, rest_2, passes_2 = parts(work.ranks[1], 16 if resident else 32)
     width_1, width_2 = main_1 + rest_1, main_2 + rest_2
     ranks = width_1 * passes_1, width_2 * passes_2
     depth, depth_1 = min(longest, _block(work.channels)), min(longest, rest_1 or main_1)
-    depth_2 = 0 if resident else min(longest, rest_2 or main_2)
-    block_o = min(MAX_OPERAND // (main_2 * work.itemsize) if resident else MAX_COLUMNS, MAX_COLUMNS, _block(work.outs))
-    channels, outs = -(-work.channels // depth) * depth, -(-work.outs // block_o) * block_o
+    depth_2, columns = 0 if resident else min(longest, rest_2 or main_2), work.outs if work.expand else 1
+    block_o = min(MAX_OPERAND // (main_2 * work.itemsize) if resident else MAX_COLUMNS, MAX_COLUMNS, _block(columns))
+    channels = -(-work.channels // depth) * depth if work.project else 0
+    outs = -(-work.outs // block_o) * block_o if work.expand else 0
     weights = ranks[0] * channels + taps * ranks[0] * ranks[1] + ranks[1] * outs
 
     def rows_of(tile: tuple[int, int, int]) -> tuple[int, int]:
-        """Points of the halo, and of them in a block of z1."""
+        """Points of the halo, and of them in a block of z1 (where there is none, what limits nothing)."""
         halo = tile[0] * axes[0].halo(tile[1]) * axes[1].halo(tile[2])
-        return halo, min(128, _block(halo), _block(sums // width_1 // 2 + 1))
+        return halo, 64 if not work.project else min(128, _block(halo), _block(sums // width_1 // 2 + 1))
 
     def cost(tile: tuple[int, int, int], pixels: int) -> tuple[float, int]:
         halo, rows = rows_of(tile)
@@ -155,7 +166,7 @@ def plan(work: Convolution, processors: int, unit: str) -> Plan:
         arithmetic *= 1 if pixels >= 64 else 2  # every fragment of the weights serves fewer rows
         steps = phases * outs // block_o + taps * passes_2 * ranks[0] // depth_1
         moved = halo * work.channels + phases * tile[0] * tile[1] * tile[2] * work.outs
-        moved += weights + halo * ranks[0] + taps * passes_2 * pixels * ranks[0]
+        moved += weights + work.project * halo * ranks[0] + taps * passes_2 * pixels * ranks[0]
         # Memory is shared by all processors; a few of them do not reach its bandwidth.
         busy = math.ceil(count / processors) * (arithmetic + STEP * steps)
         return busy + max(count / processors, 0.4) * MOVE * moved, -pixels
@@ -165,14 +176,16 @@ def plan(work: Convolution, processors: int, unit: str) -> Plan:
         for pixels in (16, 32, 64, 128)
         if pixels * max(width_2, block_o) <= sums
         for tile in tiles_of(size, work.batch, pixels)
-        if tile == (1, 1, 1) or rows_of(tile)[0] <= MAX_HALO
+        if tile == (1, 1, 1) or not work.project or rows_of(tile)[0] <= MAX_HALO
     ]
     tile, pixels = min(choices, key=lambda choice: cost(*choice))
     halo, rows = rows_of(tile)
     if unit != "wgmma" or min(rows, pixels) < 64:  # the operands of a step come into registers
         depth, depth_1, depth_2 = (min(each, longest // 2) for each in (depth, depth_1, depth_2))
-    block_o = min(block_o, sums // (pixels * work.itemsize))  # residual and output stand beside the sums
+    # Residual and output stand beside the sums; so do the places of x's pixels where the core reads them.
+    block_o = min(block_o, max(16, sums // (pixels * work.itemsize * (1 if work.project else 2))))
     warps = 4 if max(rows * width_1, pixels * max(width_2, block_o)) * work.itemsize <= sums else 8
+    warps = warps if work.project or pixels < 128 else 8
     step = max((rows + width_1) * depth, (pixels + width_2) * depth_1, (pixels + block_o) * depth_2) * work.itemsize
     grid = math.ceil(size[0] / tile[1]), math.ceil(size[1] / tile[2])
     count = math.ceil(work.batch / tile[0]) * grid[0] * grid[1]
@@ -190,13 +203,16 @@ def plan(work: Convolution, processors: int, unit: str) -> Plan:
         channels=channels,
         outs=outs,
         packed=weights,
-        scratch=-(-halo // rows) * rows * ranks[0] + pixels * ranks[1],
+        scratch=work.project * -(-halo // rows) * rows * ranks[0] + work.expand * pixels * ranks[1],
         options={
             **{f"{name}_{letter}": values[i] for name, values in per_axis.items() for i, letter in enumerate("HW")},
             "TILE_N": tile[0], "MAIN_1": main_1, "REST_1": rest_1, "PASSES_1": passes_1,
             "MAIN_2": main_2, "REST_2": rest_2, "PASSES_2": passes_2,
             "ROWS": rows, "PIXELS": pixels, "DEPTH": depth, "DEPTH_1": depth_1, "DEPTH_2": depth_2, "BLOCK_O": block_o,
-            "num_warps": warps, "num_stages": 3 if 3 * step <= SHARED else 2,
+            "PROJECT": int(work.project), "EXPAND": int(work.expand),
+            "num_warps": warps, "num_stages": 3 if 3 * step <= SHARED and (whole or unit != "fma") else 2,
+            # Left alone, the assembler takes 128 registers for some, and spills where it could have 255.
+            **({} if whole or (work.project and unit == "fma") else {"maxnreg": 255}),
         },
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-// Gated factors and the funnel penalty: launchers over raw pointers, and the plans they launch by.
+// Gated factors and gates, over lists of tensors: launchers on raw pointers, and the plans they launch by.
 #pragma once
 
 #include <cstddef>
@@ -9,49 +9,63 @@
 namespace fastrank::gates {
 
 constexpr int kThreads = 256;
-constexpr int64_t kWarpRowLimit = 1024;  // up to here a warp takes a row, beyond it a block does
 constexpr int kPackBytes = 16;
-constexpr int kTableTensors = 64;  // tensors a launch: the table of pointers travels as a kernel argument
-constexpr int64_t kChunk = 16 * kThreads;  // gates a block sums
+constexpr int kHeld = 8;       // packs of a slice that a thread keeps in registers between its two uses
+constexpr int kHeldPairs = 4;  // the same of the backward pass, which keeps two packs for one
+constexpr int kFewLanes = 8;   // threads that take a short slice: 128 bytes an access
+constexpr int64_t kChunk = 16 * kThreads;  // gates that a block takes
 
-// How the rows of a factor are laid over threads.
-struct GatedPlan {
-  int lanes;       // threads a row: 32 or kThreads
+// How a tensor of a list is laid over threads.
+struct Plan {
+  int lanes;       // threads a slice: 8, 16 or 32 in a warp, or kThreads
   int pack;        // elements a memory instruction moves
   int64_t blocks;  // 0 where there is nothing to do
-  int shared_bytes;
 };
 
-// `aligned`: every pointer involved is a multiple of kPackBytes. `sums`: reductions the kernel makes a row.
-constexpr GatedPlan gated_plan(int64_t rows, int64_t row_size, int bytes, bool aligned, int sums) {
-  const int lanes = row_size <= kWarpRowLimit ? 32 : kThreads;
-  const bool packed = aligned && row_size * bytes % kPackBytes == 0;
+// The slices of a factor: as few lanes as hold one, so that one reading is enough, and beyond a warp a block.
+// `aligned`: every pointer involved is a multiple of kPackBytes.
+constexpr Plan slices_plan(int64_t rows, int64_t row_size, int bytes, bool aligned) {
+  const int pack = aligned && row_size * bytes % kPackBytes == 0 ? kPackBytes / bytes : 1;
+  const int64_t packs = row_size / pack;
+  int lanes = kFewLanes;
+  while (lanes < 32 && packs > lanes * kHeld) lanes *= 2;
+  if (packs > lanes * kHeld) lanes = kThreads;
   const int64_t rows_per_block = kThreads / lanes;
-  const int64_t blocks = row_size > 0 ? (rows + rows_per_block - 1) / rows_per_block : 0;
-  const int shared = lanes == kThreads ? sums * (kThreads / 32) * static_cast<int>(sizeof(float)) : 0;
-  return {lanes, packed ? kPackBytes / bytes : 1, blocks, shared};
+  return {lanes, pack, row_size > 0 ? (rows + rows_per_block - 1) / rows_per_block : 0};
 }
 
-// Blocks, and so partial sums, that the funnel penalty takes for a tensor of `size` gates.
-constexpr int64_t funnel_chunks(int64_t size) {
-  return (size + kChunk - 1) / kChunk;
+// A tensor of gates: kChunk of them a block.
+constexpr Plan chunks_plan(int64_t size, int bytes, bool aligned) {
+  return {kThreads, aligned ? kPackBytes / bytes : 1, (size + kChunk - 1) / kChunk};
 }
 
-// direction and out (rows, row_size), gate (rows,): out[j] = gate[j] * direction[j] / |direction[j]|.
-void gated_factor(const void* direction, const void* gate, void* out, int64_t rows, int64_t row_size,
-                  DType dtype, void* stream);
+// The penalties that have a proximal step. The numbers are those of fastrank/ops/_gates.py.
+enum class Penalty : int { kFunnel = 0, kL1 = 1, kL2 = 2 };
 
-// Gradients of the above from grad (rows, row_size); one reading of grad and direction gives both.
-void gated_factor_backward(const void* grad, const void* direction, const void* gate, void* grad_direction,
-                           void* grad_gate, int64_t rows, int64_t row_size, DType dtype, void* stream);
+// directions[i] and outs[i] (rows[i], row_sizes[i]), gates[i] (rows[i],):
+// outs[i][j] = gates[i][j] * directions[i][j] / |directions[i][j]|.
+void gated_factors(void* const* directions, void* const* gates, void* const* outs, const int64_t* rows,
+                   const int64_t* row_sizes, int count, DType dtype, void* stream);
+
+// Gradients of the above from grads[i] (rows[i], row_sizes[i]).
+void gated_factors_backward(void* const* grads, void* const* directions, void* const* gates,
+                            void* const* grad_directions, void* const* grad_gates, const int64_t* rows,
+                            const int64_t* row_sizes, int count, DType dtype, void* stream);
 
 // out (1,) float32 = scale * sum |g| / (|g| + c) over `count` tensors; partials holds one float32 a chunk.
-void funnel_penalty(const void* const* gates, const int64_t* sizes, int count, float c, float scale,
+void funnel_penalty(void* const* gates, const int64_t* sizes, int count, float c, float scale,
                     float* partials, float* out, DType dtype, void* stream);
 
 // grads[i] = grad * scale * F'(gates[i]) with grad a float32 on the device.
-void funnel_penalty_backward(const float* grad, const void* const* gates, void* const* grads,
-                             const int64_t* sizes, int count, float c, float scale, DType dtype,
-                             void* stream);
+void funnel_penalty_backward(const float* grad, void* const* gates, void* const* grads, const int64_t* sizes,
+                             int count, float c, float scale, DType dtype, void* stream);
+
+// gates[i] = argmin 1/2 (x - g)^2 + eta * penalty(x), in float64 inside; 0 where |g| <= threshold.
+void funnel_proximal(void* const* gates, const int64_t* sizes, int count, double eta, double c,
+                     double threshold, Penalty penalty, DType dtype, void* stream);
+
+// counts[i] = how many |g| of gates[i] are below the threshold.
+void count_below(void* const* gates, const int64_t* sizes, int count, double threshold, int64_t* counts,
+                 DType dtype, void* stream);
 
 }  // namespace fastrank::gates

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastrank import _checks, convert
 from fastrank.methods._spectra import dense
 from fastrank.methods.planner import check_skip, skipped
-from fastrank.nn import FusedTucker2Conv, GatedConv2d, GatedCPConv, GatedSVDConv, GatedTucker2Conv
+from fastrank.nn import FusedTucker2Conv, GatedConv2d, GatedCPConv, GatedSVDConv, GatedTucker2Conv, gates_together
 from fastrank.nn._conv import FactoredConv2d
 from fastrank.plan import LayerPlan, Plan
 from fastrank.regularize import Funnel, Regularizer, Schedule
@@ -148,15 +148,17 @@ def compress(
     """The published steps but the last, fine-tuning: a compressed copy of `model`.
 
     warm: trains the factorised network in place with the plain loss (None: not at all; published: lr 1e-4). close:
-    trains it in place with the given regularisers (published: gates, "*.gate_*", at lr 0.01, the rest at 0.001).
+    trains it in place with the given regularisers (published: gates, "*.gate_*", at lr 0.01, the rest at 0.001). Both
+    find it with `nn.gates_together` on.
     The other arguments are those of `factorize`, `regularizer` and `prune`.
     """
     _checks.number("threshold", threshold, 0.0)
     network = factorize(model, form=form, example_input=example_input, skip=skip)
     penalties = [regularizer(network, weight, penalty=penalty, schedule=schedule, step=step)]
-    if warm is not None:
-        warm(network)
-    close(network, penalties)
+    with gates_together(network):
+        if warm is not None:
+            warm(network)
+        close(network, penalties)
     return prune(network, threshold, example_input=example_input)
 
 

@@ -4,6 +4,7 @@ The gated ones hold a gate a slice of each factor, for training that finds the r
 """
 
 from fastrank.nn._gated import GatedConv2d
+from fastrank.nn._together import gates_together
 from fastrank.nn.cp import FusedCPConv
 from fastrank.nn.gated_cp import GatedCPConv
 from fastrank.nn.gated_svd import GatedSVDConv
@@ -21,4 +22,5 @@ __all__ = [
     "GatedTucker2Conv",
     "LayerCPConv",
     "SVDConv",
+    "gates_together",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ Index = Tensor | slice
 Folded = TypeVar("Folded", bound=FactoredConv2d)
 
 
+class Ready(NamedTuple):
+    """Factors that were computed ahead of a layer's call, and what they were computed from and under."""
+
+    factors: dict[str, Tensor]
+    versions: tuple[int, ...]
+    recorded: bool  # whether for autograd
+    hooks: object  # on what autograd saves: those of an activation checkpoint come and go within a forward pass
+
+
 class GatedConv2d(FactoredConv2d):
     """A factored convolution in which slice j of a factor is gate[j] · direction[j] / |direction[j]|.
 
@@ -30,6 +39,7 @@ class GatedConv2d(FactoredConv2d):
 
     GATES: ClassVar[Mapping[str, str]]
     PENALIZED: ClassVar[tuple[str, ...]]
+    _ready: Ready | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -43,8 +53,17 @@ class GatedConv2d(FactoredConv2d):
         self._init_bias()
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors with their gates multiplied in, differentiable in both."""
-        return {name: ops.gated_factor(getattr(self, name), getattr(self, gate)) for name, gate in self.GATES.items()}
+        """The factors with their gates multiplied in, differentiable in both; all in one call."""
+        ready = self._ready
+        if ready is not None and _holds(ready, self):
+            if not torch.compiler.is_compiling():
+                self._ready = None  # a second call has gradients of its own, which add up as they would alone
+            return ready.factors
+        return compute_factors([self])[0].factors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles carry: all but factors computed ahead."""
+        return {name: value for name, value in self.__dict__.items() if name != "_ready"}
 
     def penalized(self) -> list[nn.Parameter]:
         """The gates that a regulariser should close, one tensor (R,) a rank of the layer."""
@@ -100,6 +119,44 @@ class GatedConv2d(FactoredConv2d):
     def _plain_form(self, kind: type[Folded], **ranks: Any) -> Folded:
         dtype = next(self.parameters()).dtype
         return kind(**FactoredConv2d.config(self), **ranks, device="meta", dtype=dtype)
+
+
+def compute_factors(layers: Sequence[GatedConv2d]) -> list[Ready]:
+    """The factors of every layer, in one call for each dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, str]]] = {}
+    for place, layer in enumerate(layers):
+        for name in layer.GATES:
+            direction = getattr(layer, name)
+            kinds.setdefault((direction.dtype, direction.device), []).append((place, name))
+    found: list[dict[str, Tensor]] = [{} for _ in layers]
+    for members in kinds.values():
+        directions = [getattr(layers[place], name) for place, name in members]
+        gates = [getattr(layers[place], layers[place].GATES[name]) for place, name in members]
+        for (place, name), factor in zip(members, ops.gated_factors(directions, gates), strict=True):
+            found[place][name] = factor
+    recorded, hooks = torch.is_grad_enabled(), _saving_hooks()
+    return [Ready(factors, _versions(layer), recorded, hooks) for layer, factors in zip(layers, found, strict=True)]
+
+
+def _holds(ready: Ready, layer: GatedConv2d) -> bool:
+    """Whether factors computed ahead are those that the layer would compute now, recorded as it would record them."""
+    if torch.compiler.is_compiling():
+        return not ready.versions  # computed in this graph, which records as a whole
+    recorded = ready.recorded or not torch.is_grad_enabled()
+    return recorded and ready.versions == _versions(layer) and ready.hooks == _saving_hooks()
+
+
+def _versions(layer: GatedConv2d) -> tuple[int, ...]:
+    """Tells whether directions or gates were replaced, or changed in place, since; nothing within a compiled graph."""
+    if torch.compiler.is_compiling():
+        return ()
+    tensors = [getattr(layer, name) for pair in layer.GATES.items() for name in pair]
+    return tuple(number for x in tensors for number in (id(x), 0 if x.is_inference() else x._version))
+
+
+def _saving_hooks() -> object:
+    """The innermost `torch.autograd.graph.saved_tensors_hooks` in force."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def split(factor: Tensor) -> tuple[Tensor, Tensor]:

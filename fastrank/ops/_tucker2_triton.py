@@ -1,4 +1,5 @@
-"""The Triton kernels as a backend of `tucker2_conv2d`: which launches a call takes, on which precision and device."""
+"""The Triton kernels as a backend of `tucker2_conv2d` and `channel_svd_conv2d`: which launches a call takes, on which
+precision and device."""
 
 from __future__ import annotations
 
@@ -41,12 +42,15 @@ def _tf32(dtype: torch.dtype) -> bool:
 
 
 class _Convolution:
-    """1×1 → kh×kw → 1×1 from x to maps of out_size, or its transpose: its plan, and its weights packed once."""
+    """1×1 → kh×kw → 1×1 from x to maps of out_size, or its transpose: its plan, and its weights packed once.
+
+    factors: (first (R1, C), core (R2, R1, kh, kw), last (O, R2)); first or last is None where there is no such step.
+    """
 
     def __init__(
         self,
         x: Tensor,
-        factors: tuple[Tensor, Tensor, Tensor],
+        factors: tuple[Tensor | None, Tensor, Tensor | None],
         out_size: tuple[int, int],
         geometry: Geometry,
         transposed: bool,
@@ -59,8 +63,8 @@ class _Convolution:
         (batch, channels, *in_size), (rank_2, rank_1, *kernel) = x.shape, core.shape
         self.ranks = rank_1, rank_2
         self._work = plans.Convolution(
-            batch, channels, last.shape[0], self.ranks, tuple(in_size), out_size, tuple(kernel), *geometry,
-            transposed, x.element_size(),
+            batch, channels, rank_2 if last is None else last.shape[0], self.ranks, tuple(in_size), out_size,
+            tuple(kernel), *geometry, transposed, x.element_size(), first is not None, last is not None,
         )  # fmt: skip
         self._plan = plans.plan(self._work, self.processors, self.unit)
         self._packed = self._kernels.pack(first, core, last, self._plan)
@@ -99,22 +103,29 @@ class _Convolution:
         return out
 
 
+def _prepare(
+    x: Tensor, factors: tuple[Tensor | None, Tensor, Tensor], bias: Tensor | None, geometry: Geometry
+) -> Launch:
+    """Packs the weights; the launch is one, of everything else."""
+    size = out_size((x.shape[2], x.shape[3]), (factors[1].shape[2], factors[1].shape[3]), geometry)
+    with _on(x.device):
+        made = _Convolution(x, factors, size, geometry, False).on(x.new_empty(0))
+    bias = None if bias is None else bias.contiguous()
+
+    def launch(x: Tensor, residual: Tensor | None, out: Tensor, activation: str) -> None:
+        with _on(x.device):
+            made.on(x).run(out, bias=bias, residual=residual, activation=ACTIVATIONS.index(activation))
+
+    return launch
+
+
 class TritonKernels:
     """What `ops._conv.Kernels` asks for."""
 
     def prepare(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, geometry: Geometry) -> Launch:
-        """Packs the weights; the launch is one, of everything else."""
+        """See `_prepare`."""
         w_in, core, w_out = factors
-        size = out_size((x.shape[2], x.shape[3]), (core.shape[2], core.shape[3]), geometry)
-        with _on(x.device):
-            made = _Convolution(x, (w_in, core, w_out), size, geometry, False).on(x.new_empty(0))
-        bias = None if bias is None else bias.contiguous()
-
-        def launch(x: Tensor, residual: Tensor | None, out: Tensor, activation: str) -> None:
-            with _on(x.device):
-                made.on(x).run(out, bias=bias, residual=residual, activation=ACTIVATIONS.index(activation))
-
-        return launch
+        return _prepare(x, (w_in, core, w_out), bias, geometry)
 
     def backward(
         self, grad: Tensor, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, needs: Sequence[bool]
@@ -144,4 +155,39 @@ class TritonKernels:
                 z2 = ahead.run(None, True)
                 assert z2 is not None
                 grads[3] = ahead.weight_gradient(grad, z2, w_out)
+        return tuple(grads)
+
+
+class ChannelKernels:
+    """What `ops._conv.Kernels` asks for, of the channel scheme: kh×kw, then 1×1, with no projection before them."""
+
+    def prepare(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, geometry: Geometry) -> Launch:
+        """factors: first (R, I, kh, kw), second (O, R, 1, 1). See `_prepare`."""
+        first, second = factors
+        return _prepare(x, (None, first, second[:, :, 0, 0]), bias, geometry)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of x is the transposed convolution, 1×1 → kh×kw; the map between the factors is computed again.
+
+        Nothing is computed that no gradient in `needs` asks for.
+        """
+        first, second = factors
+        need_x, need_first, need_second = needs
+        grads: list[Tensor | None] = [None] * 3
+        with _on(x.device):
+            if need_x or need_first:
+                turned = second[:, :, 0, 0].t(), first.transpose(0, 1)
+                back = _Convolution(grad, (*turned, None), (x.shape[2], x.shape[3]), geometry, True)
+            if need_x:
+                grads[0] = torch.empty_like(x, memory_format=_register.memory_format(x))
+                back.run(grads[0])
+            if need_first:
+                grads[1] = back.weight_gradient(back.project(), x, first, geometry)
+            if need_second:
+                ahead = _Convolution(x, (None, first, None), (grad.shape[2], grad.shape[3]), geometry, False)
+                z = ahead.run(None, True)
+                assert z is not None
+                grads[2] = ahead.weight_gradient(grad, z, second)
         return tuple(grads)

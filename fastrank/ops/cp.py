@@ -36,7 +36,7 @@ def cp_conv2d(
 
     backend: "auto" (by tables of measured times) | "sequence" (library convolutions and a sum) | "depthwise" (a rank
     after the other: 1×1, then one depthwise kh×kw for both passes) | "dense" (one, with the merged kernel) |
-    "reference".
+    "triton" (one fused kernel) | "reference".
     Raises ValueError or TypeError, naming the argument, on a wrong shape, dtype, device or size, and ValueError with
     the reason where a named backend cannot run the call.
     """

@@ -1,4 +1,4 @@
-"""`gated_factor` and `funnel_penalty`: factors with a gate a slice, and the regulariser that closes gates."""
+"""Gates over lists of tensors: gated factors, the penalty that closes gates, its proximal step, and who is closed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrank import _backends, _checks, _native, reference
-from fastrank.ops import _register
+from fastrank import _backends, _checks, reference
+from fastrank.ops import _gates, _register
+from fastrank.reference.gates import proximal_threshold as proximal_threshold
 
-FUNNEL_CHUNK = 4096  # gates a partial sum stands for: kChunk of csrc/gates/gates.h
+
+def gated_factors(directions: Sequence[Tensor], gates: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor]:
+    """`gated_factor` of every pair of two lists, in one launch; bit for bit what single calls give.
+
+    Shapes: directions[i] (J_i, ...) of one dimension or more, gates[i] (J_i,) -> list of (J_i, ...), each in its
+    direction's dtype and memory format. All tensors share dtype and device; empty lists give an empty list. The list
+    is one node of autograd: a factor that the loss does not reach leaves its two gradients None, as single calls do.
+    Differentiable twice.
+
+    backend: "auto" | "reference" | "triton" | "cuda" | "host" (the CUDA kernel compiled for the CPU, for tests).
+    Raises ValueError or TypeError, naming the argument, on a wrong shape, dtype, device or backend.
+    """
+    directions, gates = _list("directions", directions), _list("gates", gates)
+    if len(gates) != len(directions):
+        raise _checks.fail("gates", f"of as many tensors as directions, {len(directions)}", len(gates))
+    named: dict[str, Tensor] = {}
+    for i, (direction, gate) in enumerate(zip(directions, gates, strict=True)):
+        _check_pair(f"directions[{i}]", direction, f"gates[{i}]", gate)
+        named |= {f"directions[{i}]": direction, f"gates[{i}]": gate}
+    _checks.choice("backend", backend, _backends.NAMES)
+    if not directions:
+        return []
+    _checks.same_kind(**named)
+    outs: list[Tensor] = torch.ops.fastrank.gated_factors(directions, gates, backend)
+    return outs
 
 
 def gated_factor(direction: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
@@ -25,13 +50,10 @@ def gated_factor(direction: Tensor, gate: Tensor, *, backend: str = "auto") -> T
     backend: "auto" | "reference" | "triton" | "cuda" | "host" (the CUDA kernel compiled for the CPU, for tests).
     Raises ValueError or TypeError, naming the argument, on a wrong shape, dtype, device or backend.
     """
-    _checks.tensor("direction", direction)
-    if direction.dim() == 0:
-        raise _checks.fail("direction", "of one dimension or more", "a 0-d tensor")
-    _checks.tensor("gate", gate, (direction.shape[0],), "(direction.shape[0],)")
+    _check_pair("direction", direction, "gate", gate)
     _checks.same_kind(direction=direction, gate=gate)
     _checks.choice("backend", backend, _backends.NAMES)
-    out: Tensor = torch.ops.fastrank.gated_factor(direction, gate, backend)
+    out: Tensor = torch.ops.fastrank.gated_factors([direction], [gate], backend)[0]
     return out
 
 
@@ -47,138 +69,118 @@ def funnel_penalty(gates: Sequence[Tensor], c: float, *, normalized: bool = Fals
     backend: "auto" | "reference" | "triton" | "cuda" | "host" (the CUDA kernel compiled for the CPU, for tests).
     Raises ValueError or TypeError, naming the argument, on a wrong type, dtype, device, c or backend.
     """
-    if isinstance(gates, Tensor) or not isinstance(gates, Sequence):
-        raise _checks.fail_type("gates", "a list of tensors", gates)
-    gates = list(gates)
-    named = {f"gates[{i}]": _checks.tensor(f"gates[{i}]", gate) for i, gate in enumerate(gates)}
+    gates = _gates_of(gates)
     c = _checks.number("c", c, 0.0, open_low=True)
     _checks.choice("backend", backend, _backends.NAMES)
     if not gates:
         return torch.zeros(())
-    _checks.same_kind(**named)
     out: Tensor = torch.ops.fastrank.funnel_penalty(gates, c, bool(normalized), backend)
     return out
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """An output in x's memory format: for the kernels a slice along dim 0 is one block of memory."""
-    return torch.empty_like(x, memory_format=_register.memory_format(x))
+def funnel_proximal_(
+    gates: Sequence[Tensor], eta: float, c: float, *, penalty: str = "funnel", backend: str = "auto"
+) -> None:
+    """Move every gate of a list, in place, to argmin_x ½ (x − g)² + η · penalty(x).
+
+    penalty: "funnel", |x| / (|x| + c) (see `reference.gates.proximal_points`: the global minimum, exactly 0 up to a
+    threshold); "l1", |x|; "l2", x², which closes no gate. The last two ignore c. Computed in float64, then rounded.
+
+    gates: a list of tensors of any shapes, one dtype and one device; parameters are taken as they are, and nothing is
+    recorded for autograd. eta: a learning rate times a weight, at least 0. c: above 0.
+
+    backend: "auto" | "reference" | "triton" | "cuda" | "host" (the CUDA kernel compiled for the CPU, for tests).
+    Raises ValueError or TypeError, naming the argument, on a wrong type, dtype, device, number, penalty or backend.
+    """
+    gates = _gates_of(gates)
+    eta, c = _checks.number("eta", eta, 0.0), _checks.number("c", c, 0.0, open_low=True)
+    _checks.choice("penalty", penalty, _gates.PENALTIES)
+    _checks.choice("backend", backend, _backends.NAMES)
+    if gates:
+        with torch.no_grad():
+            torch.ops.fastrank.funnel_proximal_(gates, eta, c, penalty, backend)
 
 
-def _as(x: Tensor, like: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_register.memory_format(like))
+def count_below(gates: Sequence[Tensor], threshold: float, *, backend: str = "auto") -> Tensor:
+    """How many gates of each tensor have |g| < threshold: a list of tensors -> (len(gates),) int64, on their device.
 
+    gates: tensors of any shapes, one dtype and one device; an empty list gives (0,). NaN is below nothing. threshold:
+    at least 0; compared in float64. Nothing waits for the device.
 
-def _rows(x: Tensor) -> tuple[int, int]:
-    """Slices along dim 0 and elements in each, of a tensor that is not empty."""
-    return x.shape[0], x.numel() // x.shape[0]
-
-
-def _gated_factor(direction: Tensor, gate: Tensor, backend: str) -> Tensor:
-    chosen = _backends.choose(_backends.facts("gated_factor", direction), backend)
-    if chosen == "reference":
-        return _as(reference.gates.gated_factor(direction, gate), direction)
-    out = _empty_like(direction)
-    if out.numel() == 0:
-        return out
-    direction, gate = _as(direction, direction), gate.contiguous()
-    if chosen == "triton":
-        _native.triton_kernels("gates").gated_factor(direction, gate, out)
-    elif chosen == "cuda":
-        torch.ops.fastrank.launch_gated_factor(direction, gate, out)
-    else:
-        pointers = (t.data_ptr() for t in (direction, gate, out))
-        _native.host().gated_factor(*pointers, *_rows(direction))
-    return out
-
-
-def _gated_factor_backward(grad: Tensor, direction: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = _backends.choose(_backends.facts("gated_factor", direction), backend)
-    if chosen == "reference":
-        grad_direction, grad_gate = reference.gates.gated_factor_backward(grad, direction, gate)
-        return _as(grad_direction, direction), grad_gate
-    grad_direction = _empty_like(direction)
-    if grad_direction.numel() == 0:
-        return grad_direction, gate.new_zeros(gate.shape)
-    grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    grad, direction, gate = _as(grad, direction), _as(direction, direction), gate.contiguous()
-    tensors = (grad, direction, gate, grad_direction, grad_gate)
-    if chosen == "triton":
-        _native.triton_kernels("gates").gated_factor_backward(*tensors)
-    elif chosen == "cuda":
-        torch.ops.fastrank.launch_gated_factor_backward(*tensors)
-    else:
-        _native.host().gated_factor_backward(*(t.data_ptr() for t in tensors), *_rows(direction))
-    return grad_direction, grad_gate
-
-
-def _gated_factor_backward_fake(grad: Tensor, direction: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _empty_like(direction), torch.empty_like(gate, memory_format=torch.contiguous_format)
-
-
-def _funnel_penalty(gates: list[Tensor], c: float, normalized: bool, backend: str) -> Tensor:
-    chosen = _backends.choose(_backends.facts("funnel_penalty", gates[0]), backend)
-    if chosen == "reference":
-        return reference.gates.funnel_penalty(gates, c, normalized)
-    out = gates[0].new_empty((), dtype=torch.float32)
-    gates = [gate.contiguous() for gate in gates if gate.numel()]
+    backend: "auto" | "reference" | "triton" | "cuda" | "host" (the CUDA kernel compiled for the CPU, for tests).
+    Raises ValueError or TypeError, naming the argument, on a wrong type, dtype, device, threshold or backend.
+    """
+    gates = _gates_of(gates)
+    threshold = _checks.number("threshold", threshold, 0.0)
+    _checks.choice("backend", backend, _backends.NAMES)
     if not gates:
-        return out.zero_()
-    if chosen == "triton":
-        _native.triton_kernels("gates").funnel_penalty(gates, c, normalized, out)
-        return out
-    partials = out.new_empty(sum(-(-gate.numel() // FUNNEL_CHUNK) for gate in gates))
-    if chosen == "cuda":
-        torch.ops.fastrank.launch_funnel_penalty(gates, c, normalized, partials, out)
-    else:
-        pointers, sizes = [gate.data_ptr() for gate in gates], [gate.numel() for gate in gates]
-        _native.host().funnel_penalty(pointers, sizes, c, normalized, partials.data_ptr(), out.data_ptr())
+        return torch.zeros(0, dtype=torch.int64)
+    out: Tensor = torch.ops.fastrank.count_below([gate.detach() for gate in gates], threshold, backend)
     return out
+
+
+def _list(name: str, tensors: Any) -> list[Tensor]:
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise _checks.fail_type(name, "a list of tensors", tensors)
+    return list(tensors)
+
+
+def _gates_of(gates: Any) -> list[Tensor]:
+    """`gates` as a list of tensors of one kind."""
+    named = {f"gates[{i}]": gate for i, gate in enumerate(_list("gates", gates))}
+    for name, gate in named.items():
+        _checks.tensor(name, gate)
+    if named:
+        _checks.same_kind(**named)
+    return list(named.values())
+
+
+def _check_pair(name: str, direction: Tensor, gate_name: str, gate: Tensor) -> None:
+    _checks.tensor(name, direction)
+    if direction.dim() == 0:
+        raise _checks.fail(name, "of one dimension or more", "a 0-d tensor")
+    _checks.tensor(gate_name, gate, (direction.shape[0],), f"({name}.shape[0],)")
+
+
+def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    directions, gates, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*directions, *gates)
+
+
+def _differentiate_gated(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    count = len(grads)
+    saved = ctx.saved_tensors  # once: activation checkpointing hands it out no second time
+    directions, gates = saved[:count], saved[count:]
+    grad_directions: list[Tensor | None] = [None] * count
+    grad_gates: list[Tensor | None] = [None] * count
+    wanted = [of_direction or of_gate for of_direction, of_gate in zip(*ctx.needs_input_grad[:2], strict=True)]
+    needed = [i for i, grad in enumerate(grads) if grad is not None and wanted[i]]
+    if not needed:
+        return grad_directions, grad_gates, None
+    found = torch.ops.fastrank.gated_factors_backward(
+        [grads[i] for i in needed], [directions[i] for i in needed], [gates[i] for i in needed], ctx.backend
+    )
+    for i, of_direction, of_gate in zip(needed, *found, strict=True):
+        grad_directions[i], grad_gates[i] = of_direction, of_gate
+    return grad_directions, grad_gates, None
+
+
+def _save_gated_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+    grads, directions, gates, _ = inputs
+    ctx.save_for_backward(*grads, *directions, *gates)
+
+
+def _differentiate_gated_again(ctx: Any, a: list[Tensor], b: list[Tensor]) -> tuple[Any, ...]:
+    count = len(a)
+    saved = ctx.saved_tensors
+    columns = [saved[first : first + count] for first in (0, count, 2 * count)]
+    found = [reference.gates.gated_factor_double_backward(*tensors) for tensors in zip(a, b, *columns, strict=True)]
+    return (*(list(column) for column in zip(*found, strict=True)), None)
 
 
 def _funnel_penalty_fake(gates: list[Tensor], c: float, normalized: bool, backend: str) -> Tensor:
     return gates[0].new_empty((), dtype=reference.gates.accumulation_dtype(gates[0].dtype))
-
-
-def _funnel_penalty_backward(
-    grad: Tensor, gates: list[Tensor], c: float, normalized: bool, backend: str
-) -> list[Tensor]:
-    chosen = _backends.choose(_backends.facts("funnel_penalty", gates[0]), backend)
-    if chosen == "reference":
-        slopes = reference.gates.funnel_penalty_backward(grad, gates, c, normalized)
-        return [slope.contiguous() for slope in slopes]
-    grads = _funnel_penalty_backward_fake(grad, gates, c, normalized, backend)
-    sources, targets = [g.contiguous() for g in gates if g.numel()], [g for g in grads if g.numel()]
-    if not targets:
-        return grads
-    grad = grad.to(torch.float32).contiguous()
-    if chosen == "triton":
-        _native.triton_kernels("gates").funnel_penalty_backward(grad, sources, c, normalized, targets)
-    elif chosen == "cuda":
-        torch.ops.fastrank.launch_funnel_penalty_backward(grad, sources, c, normalized, targets)
-    else:
-        pointers = [g.data_ptr() for g in sources], [g.data_ptr() for g in targets]
-        _native.host().funnel_penalty_backward(grad.data_ptr(), *pointers, [g.numel() for g in sources], c, normalized)
-    return grads
-
-
-def _funnel_penalty_backward_fake(
-    grad: Tensor, gates: list[Tensor], c: float, normalized: bool, backend: str
-) -> list[Tensor]:
-    return [torch.empty_like(gate, memory_format=torch.contiguous_format) for gate in gates]
-
-
-def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_gated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.fastrank.gated_factor_backward(grad, *ctx.saved_tensors, ctx.backend), None)
-
-
-def _differentiate_gated_again(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
-    return (*reference.gates.gated_factor_double_backward(a, b, *ctx.saved_tensors), None)
 
 
 def _save_funnel(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -202,31 +204,41 @@ def _differentiate_funnel_again(ctx: Any, upstream: list[Tensor]) -> tuple[Any, 
 
 
 _register.register(
-    "gated_factor(Tensor direction, Tensor gate, str backend) -> Tensor",
-    _gated_factor,
-    fake=lambda direction, gate, backend: _empty_like(direction),
+    "gated_factors(Tensor[] directions, Tensor[] gates, str backend) -> Tensor[]",
+    _gates.gated_factors,
+    fake=lambda directions, gates, backend: [_gates.empty_like(direction) for direction in directions],
     setup_context=_save_gated,
     backward=_differentiate_gated,
 )
 _register.register(
-    "gated_factor_backward(Tensor grad, Tensor direction, Tensor gate, str backend) -> "
-    "(Tensor grad_direction, Tensor grad_gate)",
-    _gated_factor_backward,
-    fake=_gated_factor_backward_fake,
-    setup_context=_save_gated,
+    "gated_factors_backward(Tensor[] grads, Tensor[] directions, Tensor[] gates, str backend) -> "
+    "(Tensor[] grad_directions, Tensor[] grad_gates)",
+    _gates.gated_factors_backward,
+    fake=_gates.gated_factors_backward_fake,
+    setup_context=_save_gated_backward,
     backward=_differentiate_gated_again,
 )
 _register.register(
     "funnel_penalty(Tensor[] gates, float c, bool normalized, str backend) -> Tensor",
-    _funnel_penalty,
+    _gates.funnel_penalty,
     fake=_funnel_penalty_fake,
     setup_context=_save_funnel,
     backward=_differentiate_funnel,
 )
 _register.register(
     "funnel_penalty_backward(Tensor grad, Tensor[] gates, float c, bool normalized, str backend) -> Tensor[]",
-    _funnel_penalty_backward,
-    fake=_funnel_penalty_backward_fake,
+    _gates.funnel_penalty_backward,
+    fake=lambda grad, gates, c, normalized, backend: _gates.empty_gates(gates),
     setup_context=_save_funnel_backward,
     backward=_differentiate_funnel_again,
+)
+_register.register(
+    "funnel_proximal_(Tensor(a!)[] gates, float eta, float c, str penalty, str backend) -> ()",
+    _gates.funnel_proximal_,
+    fake=lambda gates, eta, c, penalty, backend: None,
+)
+_register.register(
+    "count_below(Tensor[] gates, float threshold, str backend) -> Tensor",
+    _gates.count_below,
+    fake=lambda gates, threshold, backend: gates[0].new_empty(len(gates), dtype=torch.int64),
 )

@@ -95,7 +95,7 @@ def decoupled_svd_conv2d(
     (R, O, kh, kw), bias (O,), residual (N, O, H', W') -> (N, O, H', W'). The rest is as in `cp_conv2d`.
 
     backend: "auto" (by tables of measured times) | "sequence" (library convolutions and a sum) | "depthwise" (a rank
-    after the other) | "dense" (one, with the merged kernel) | "reference".
+    after the other) | "dense" (one, with the merged kernel) | "triton" (one fused kernel) | "reference".
     """
     _checks.tensor("x", x, (None, None, None, None), "(N, I, H, W)")
     _checks.tensor("pointwise", pointwise, (None, None, x.shape[1]), "(R, O, I)")

@@ -1,10 +1,12 @@
-"""The truth of the gated factors and of the funnel penalty, in plain PyTorch.
+"""The truth of the gated factors, of the funnel penalty and of the gates' proximal steps, in plain PyTorch.
 
-Values and gradients are computed in float32 for float16 and bfloat16 inputs, in the input's dtype otherwise.
+Values and gradients are computed in float32 for float16 and bfloat16 inputs, in the input's dtype otherwise; proximal
+steps always in float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -95,6 +97,55 @@ def funnel_penalty_double_backward(
         curvature = torch.where(g == 0, 0.0, -2 / width * (1 / width) * (c / width))
         grads.append((grad * scale * _widen(u) * curvature).to(gate.dtype))
     return grad_grad.to(grad.dtype), grads
+
+
+def proximal_points(gates: Tensor, eta: float, c: float, penalty: str) -> Tensor:
+    """argmin_x ½ (x − g)² + η · penalty(x) for every gate by itself; float64 in and out.
+
+    penalty: "funnel", |x| / (|x| + C); "l1", |x|; "l2", x². Keeps the sign of the gate, never enlarges it, and gives
+    exactly 0 for a gate of 0; NaN stays NaN. Of the funnel, which is not convex, the global minimum, 0 where there are
+    two.
+
+    Above the threshold the funnel's is the largest root of (x − v)(x + C)² + ηC = 0 with v = |g|. In y = x + C and
+    s = v + C that is the cubic y³ − s y² + ηC = 0, whose three roots are real; by Viète's formula the largest one is
+    s/3 · (1 + 2 cos(φ/3)) with cos φ = 1 − 27ηC / (2s³). Written with sines of half the angles the difference v − x
+    comes out without cancellation, and is exactly 0 for η = 0.
+    """
+    if penalty == "l2":
+        return gates / (1 + 2 * eta)
+    size = gates.abs()
+    if penalty == "l1":
+        moved = gates.sign() * (size - eta)
+    else:
+        s = size + c
+        angle = (6.75 * (eta / s) * (c / s) / s).clamp(max=1).sqrt().asin() / 3
+        moved = gates.sign() * (size - 4 / 3 * s * angle.sin().square()).clamp(min=0)
+    return torch.where(size <= proximal_threshold(eta, c, penalty), 0.0, moved)
+
+
+def proximal_threshold(eta: float, c: float, penalty: str) -> float:
+    """The largest |g| whose proximal point is 0 whatever its sign ("l2": 0, it closes none).
+
+    Of the funnel: with v = |g| the objective is stationary in x > 0 where (v − x)(x + C)² = ηC. As large as at x = 0 it
+    is there for x = v − C/2 only, and then η = ½ (v + C/2)²: where that x is above 0, 2η > C², the proximal point jumps
+    from 0 to √(2η) − C. Otherwise it leaves 0 without a jump, as soon as the slope η/C of the penalty is exceeded.
+    """
+    if penalty == "funnel":
+        return math.sqrt(2 * eta) - c / 2 if 2 * eta > c * c else eta / c
+    return eta if penalty == "l1" else 0.0
+
+
+def funnel_proximal_(gates: Sequence[Tensor], eta: float, c: float, penalty: str) -> None:
+    """Every gate of a list becomes its proximal point, in place."""
+    flat = torch.cat([gate.flatten().double() for gate in gates])
+    moved = proximal_points(flat, eta, c, penalty)
+    for gate, part in zip(gates, moved.split_with_sizes([gate.numel() for gate in gates]), strict=True):
+        gate.copy_(part.view(gate.shape))
+
+
+def count_below(gates: Sequence[Tensor], threshold: float) -> Tensor:
+    """How many gates of each tensor have |g| < threshold; (len(gates),) int64. NaN is below nothing."""
+    return torch.stack([(gate.double().abs() < threshold).sum() for gate in gates])
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastrank import _checks, ops
-from fastrank.regularize import proximal
-from fastrank.regularize.base import Regularizer, add_gradient, trained
+from fastrank.regularize.base import Regularizer, trained
 from fastrank.regularize.schedules import Linear, Schedule
 
 PENALTIES = ("funnel", "l1", "l2")
@@ -83,19 +82,23 @@ class Funnel(Regularizer):
         if self.weight == 0 or self.step != "subgradient":
             return
         for gates in self._by_kind():
-            for gate, slope in zip(gates, self._slopes(gates), strict=True):
-                add_gradient(gate, slope, self.weight)
+            slopes, grads = self._slopes(gates), []
+            for gate in gates:
+                if gate.grad is None:
+                    gate.grad = torch.zeros_like(gate)
+                grads.append(gate.grad)
+            torch._foreach_add_(grads, slopes, alpha=self.weight)
 
     @torch.no_grad()
     def after_step(self, stepped: bool = True) -> None:
         """In proximal mode, move every gate to its proximal point."""
         if not stepped or self.weight == 0 or self.step != "proximal":
             return
-        for (lr, _), gates in self._by_rate().items():
-            flat = torch.cat([gate.detach().flatten().double() for gate in gates])
-            moved = self._proximal(flat, lr * self.weight)
-            for gate, part in zip(gates, moved.split_with_sizes([gate.numel() for gate in gates]), strict=True):
-                gate.copy_(part.view_as(gate))
+        for (lr, *_), gates in self._by_rate().items():
+            eta = lr * self.weight
+            if self.normalized:
+                eta *= self.c
+            ops.funnel_proximal_(gates, eta, self.c, penalty=self.penalty)
 
     def value(self) -> Tensor:
         """weight · Σ penalty(g), at the current C."""
@@ -126,13 +129,6 @@ class Funnel(Regularizer):
             leaves: list[Tensor] = [gate.detach().requires_grad_() for gate in gates]
             return list(torch.autograd.grad(self._sum(leaves), leaves))
 
-    def _proximal(self, gates: Tensor, eta: float) -> Tensor:
-        if self.penalty == "l1":
-            return proximal.l1(gates, eta)
-        if self.penalty == "l2":
-            return proximal.l2(gates, eta)
-        return proximal.funnel(gates, eta * self.c if self.normalized else eta, self.c)
-
     def _by_kind(self) -> list[list[nn.Parameter]]:
         """The gates to be trained, in lists of one dtype and device, as the operators want them."""
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
@@ -140,17 +136,17 @@ class Funnel(Regularizer):
             kinds.setdefault((gate.dtype, gate.device), []).append(gate)
         return list(kinds.values())
 
-    def _by_rate(self) -> dict[tuple[float, torch.device], list[nn.Parameter]]:
-        """The gates to be trained, by learning rate and device."""
+    def _by_rate(self) -> dict[tuple[float, torch.dtype, torch.device], list[nn.Parameter]]:
+        """The gates to be trained, by learning rate, dtype and device."""
         if self._optimizer is None:
             raise RuntimeError("Funnel must meet its optimizer before a proximal step: call attach or bind")
         left = {id(gate): gate for gate in trained(self.gates).values()}
-        found: dict[tuple[float, torch.device], list[nn.Parameter]] = {}
+        found: dict[tuple[float, torch.dtype, torch.device], list[nn.Parameter]] = {}
         for group in self._optimizer.param_groups:
             gates = [left.pop(id(parameter)) for parameter in group["params"] if id(parameter) in left]
             lr = float(group["lr"]) if gates else 0.0  # reading a learning rate on a GPU waits for it
             for gate in gates:
-                found.setdefault((lr, gate.device), []).append(gate)
+                found.setdefault((lr, gate.dtype, gate.device), []).append(gate)
         if left:
             self.bind(self._optimizer)  # unfrozen since, and in no group: the error names it
         return found

@@ -62,15 +62,18 @@ sizes = st.tuples(st.integers(1, 300), st.integers(1, 600), st.integers(1, 600))
     itemsize=st.sampled_from([2, 4]),
     unit=st.sampled_from(["wgmma", "mma", "fma"]),
     processors=st.sampled_from([1, 46, 132]),
+    project=st.booleans(),
+    expand=st.booleans(),
 )
-def test_any_plan_fits(sizes, ranks, size, geometry, transposed, itemsize, unit, processors):
+def test_any_plan_fits(sizes, ranks, size, geometry, transposed, itemsize, unit, processors, project, expand):
     kernel, stride, padding, dilation = zip(*geometry, strict=True)
     out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, (k, s, p, d) in zip(size, geometry, strict=True))
     if min(out) < 1:
         return
     maps = (out, size) if transposed else (size, out)
+    ranks = ranks[0] if project else sizes[1], ranks[1] if expand else sizes[2]
     work = plans.Convolution(
-        *sizes, ranks, *maps, kernel, stride, padding, dilation, transposed=transposed, itemsize=itemsize
+        *sizes, ranks, *maps, kernel, stride, padding, dilation, transposed, itemsize, project, expand
     )
     plan = plans.plan(work, processors, unit)
     o, tile = plan.options, plan.tile
@@ -82,14 +85,24 @@ def test_any_plan_fits(sizes, ranks, size, geometry, transposed, itemsize, unit,
         step = rows * o[f"PHASES_{letter}"]  # the tiles cover the map, and none lies outside
         assert (n - 1) * step < length <= n * step
     halo = tile[0] * o["HALO_H"] * o["HALO_W"]
-    assert halo <= plans.MAX_HALO or tile == (1, 1, 1)
+    assert halo <= plans.MAX_HALO or tile == (1, 1, 1) or not project
     width_1, width_2 = o["MAIN_1"] + o["REST_1"], o["MAIN_2"] + o["REST_2"]
     assert plan.ranks == (width_1 * o["PASSES_1"], width_2 * o["PASSES_2"])
-    assert plan.scratch == -(-halo // o["ROWS"]) * o["ROWS"] * plan.ranks[0] + o["PIXELS"] * plan.ranks[1]
+    z1 = -(-halo // o["ROWS"]) * o["ROWS"] * plan.ranks[0]
+    assert plan.scratch == project * z1 + expand * o["PIXELS"] * plan.ranks[1]
+    assert (o["PROJECT"], o["EXPAND"]) == (project, expand)
+    # Every rank and channel has a column, a step or a block, and no factor that is not there takes room.
+    assert all(n <= padded <= 4 * n // 3 + 32 for n, padded in zip(ranks, plan.ranks, strict=True))
+    assert plan.channels >= sizes[1] * project
+    assert plan.outs >= sizes[2] * expand
+    first, last = plan.channels * plan.ranks[0] * project, plan.outs * plan.ranks[1] * expand
+    assert plan.packed == first + kernel[0] * kernel[1] * plan.ranks[0] * plan.ranks[1] + last
     # Loops in whole steps, over sizes that the padding completes.
     assert plan.channels % o["DEPTH"] == 0
     assert plan.outs % o["BLOCK_O"] == 0
     assert all(each % o["DEPTH_1"] == 0 for each in (o["MAIN_1"], o["REST_1"]))
+    assert o["BLOCK_O"] >= 16
+    assert expand or o["DEPTH_2"] == 0
     assert o["DEPTH_2"] == 0 or all(each % o["DEPTH_2"] == 0 for each in (o["MAIN_2"], o["REST_2"]))
     assert min(o["DEPTH"], o["DEPTH_1"], o["DEPTH_2"] or 16) >= 8 * 2 // min(2, itemsize)
     # Blocks that registers and shared memory hold.
