@@ -105,6 +105,21 @@ class Funnel(Regularizer):
         sums = [self._sum([gate.detach() for gate in gates]) for gates in self._by_kind()]
         return self.weight * sum((found.to(sums[0]) for found in sums[1:]), sums[0]) if sums else torch.zeros(())
 
+    def below(self, threshold: float) -> dict[str, int]:
+        """How many gates of each parameter have |g| < threshold, by name: what `pruned` would cut. Waits for a GPU.
+
+        Raises ValueError for a negative threshold.
+        """
+        kinds: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
+        for name, gate in self.gates.items():
+            kinds.setdefault((gate.dtype, gate.device), {})[name] = gate
+        counted = {
+            name: count
+            for named in kinds.values()
+            for name, count in zip(named, ops.count_below(list(named.values()), threshold).tolist(), strict=True)
+        }
+        return {name: counted[name] for name in self.gates}
+
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and so C."""
         return {"epoch": self.epoch}

@@ -187,9 +187,9 @@ def test_a_proximal_step_follows_the_optimizers_and_leaves_its_state_alone(penal
                 layer.gate.copy_(MAPS[penalty](layer.gate, lr * 0.05, 0.1))
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
-        assert torch.equal(
-            optimizers[0].state[a]["momentum_buffer"], optimizers[1].state[b]["momentum_buffer"]
-        ), "momentum is without the penalty"
+        assert torch.equal(optimizers[0].state[a]["momentum_buffer"], optimizers[1].state[b]["momentum_buffer"]), (
+            "momentum is without the penalty"
+        )
     before = copy.deepcopy(model.state_dict())
     funnel.after_step(stepped=False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -346,3 +346,20 @@ def test_a_layer_that_names_what_is_no_parameter_is_refused():
 
     with pytest.raises(ValueError, match=r"^penalized\(\) of layer '0' must be a list of parameters of the model, got"):
         Funnel(nn.Sequential(Odd(1.0)))
+
+
+def test_the_gates_below_a_threshold_are_counted_by_name():
+    layers = nn.Sequential(
+        GatedSVDConv.from_conv(nn.Conv2d(4, 6, 1)), GatedSVDConv.from_conv(nn.Conv2d(6, 4, 1)).double()
+    )
+    penalty = Funnel(layers)
+    with torch.no_grad():
+        for gate in penalty.gates.values():
+            gate.copy_(torch.linspace(-0.3, 0.3, gate.numel(), dtype=gate.dtype))
+    wanted = {name: int((gate.detach().double().abs() < 0.2).sum()) for name, gate in penalty.gates.items()}
+    assert penalty.below(0.2) == wanted
+    assert list(penalty.below(0.2)) == list(penalty.gates)
+    assert sum(wanted.values()) > 0
+    assert set(penalty.below(0).values()) == {0}
+    with pytest.raises(ValueError, match=r"^threshold must be a finite number at least 0"):
+        penalty.below(-1)
