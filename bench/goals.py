@@ -1,9 +1,9 @@
-"""The goals of the fused Tucker-2 convolution and what a GPU run measured of them.
+"""The goals of the fused convolutions and gates, and what a GPU run measured of them.
 
     python bench/goals.py RESULTS_DIR [--write FILE]
 
-Reads bench_tucker2.jsonl and bench_networks.jsonl of `bench/gpu.py` and prints two tables in Markdown: every goal with
-what was wanted, what came out, whether that meets it and the roofline fraction where the goal's rows have one; and
+Reads the bench_*.jsonl of `bench/gpu.py` (tucker2, networks, depthwise, gates) and prints two tables in Markdown: every
+goal with what was wanted, what came out, whether that meets it and the roofline fraction where its rows have one; and
 images a second of whole networks. A goal none of whose rows was measured says so. Times are medians of cold graphs.
 
 "fused" is the faster of fastrank's kernels, "three" the faster of three library convolutions with ranks as given and
@@ -18,16 +18,18 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Info = Mapping[str, Any]
 STACK = "ResNet-18"
+FAMILIES = ("tucker2", "networks", "depthwise", "gates")
 FUSED, THREE = ("cuda", "triton"), ("sequence", "padded")
 NOISE = 1.03  # two measurements of one thing
 HOST_US, SAVED_SHARE, BANDWIDTH_SHARE = 10.0, 0.55, 0.85
+TERABYTES = 4.3  # a second: what the goals assume of an H200
 UNKNOWN, NO_TABLE = "not measured", "nothing known"
 
 
@@ -50,6 +52,11 @@ class Goal:
 
 def read(folder: Path, family: str) -> list[tuple[str, Info]]:
     """(group, extra_info) of every benchmark of a family that ended; nothing where the file is missing."""
+    return [(group, info) for _, group, info in named(folder, family)]
+
+
+def named(folder: Path, family: str) -> list[tuple[str, str, Info]]:
+    """The same, with the name of each benchmark in front."""
     path = folder / f"bench_{family}.jsonl"
     if not path.is_file():
         return []
@@ -59,7 +66,7 @@ def read(folder: Path, family: str) -> list[tuple[str, Info]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # the run was stopped while it wrote
-        rows.append((row["group"], row["extra_info"]))
+        rows.append((row["name"], row["group"], row["extra_info"]))
     return rows
 
 
@@ -139,7 +146,7 @@ def worst(number: str, what: str, wanted: str, limit: float, found: Mapping[str,
 
 
 def table(folder: Path) -> list[Goal]:
-    """Goals 1 to 5 and 12."""
+    """Goals 1 to 6, 11 and 12."""
     rows = read(folder, "tucker2")
     forward = of(rows, "tucker2 forward")
     at = {batch: of(rows, "tucker2 forward", batch) for batch in (1, 8, 32, 128)}
@@ -165,7 +172,8 @@ def table(folder: Path) -> list[Goal]:
         found = ratios(tuned, "plain", "compiled", "auto")
         what, note = f"auto over torch.compile, {text}, geometric mean", f" ({len(found)} rows)"
         goals.append(at_least("3", what, limit, geometric(list(found.values())), note=note))
-    return [*goals, bandwidth(forward), dispatcher(forward), *training(rows), host(rows)]
+    goals += [bandwidth(forward), dispatcher(forward), *training(rows)]
+    return [*goals, *cp(read(folder, "depthwise")), *gates(folder), host(rows)]
 
 
 def bandwidth(rows: Sequence[Info]) -> Goal:
@@ -209,6 +217,56 @@ def training(rows: Sequence[tuple[str, Info]]) -> list[Goal]:
         at_least("5", "the same, layers with R ≤ 64, geometric mean", 1.8, geometric(low), note=f" ({len(low)} rows)"),
         Goal("5", "saved activations, fused of three", f"≤ {100 * SAVED_SHARE:.0f} %",
              UNKNOWN if share is None else f"{100 * share:.0f} %", None if share is None else share <= SAVED_SHARE),
+    ]  # fmt: skip
+
+
+def cp(rows: Sequence[tuple[str, Info]]) -> list[Goal]:
+    """Goal 6: CP layers, the fused kernel over the chain of four operations and over dense."""
+    us = {
+        (info["layer"], info["rank"]): {name: float(each["p50_us"]) for name, each in info["cold_graph"].items()}
+        for group, info in rows
+        if group == "cp forward" and "cold_graph" in info
+    }
+
+    def over(name: str, some: Callable[[str, int], bool]) -> list[float]:
+        return [t[name] / t["triton"] for key, t in us.items() if some(*key) and name in t and "triton" in t]
+
+    def narrow(layer: str, channels: int) -> bool:
+        return layer.startswith(f"{channels}, ")
+
+    everything = over("sequence", lambda layer, rank: True)
+    note, what = f" ({len(everything)} rows)", "CP layers, fused over the chain of four operations, geometric mean"
+    return [
+        at_least("6", what, 5.0, geometric(everything), note=note),
+        *(
+            at_least("6", f"CP layers of {channels} channels, R = 1, fused over dense", limit, next(iter(found), None))
+            for channels, limit in ((128, 2.5), (256, 5.0))
+            for found in (over("dense", lambda layer, rank, c=channels: narrow(layer, c) and rank == 1),)
+        ),
+    ]
+
+
+def gates(folder: Path) -> list[Goal]:
+    """Goal 11: the factors of a model in one launch, over the chain of torch._foreach, and over the bandwidth."""
+    us: dict[str, dict[str, float]] = {}
+    shares = {}
+    for name, group, info in named(folder, "gates"):
+        if group != "gated_factors, forward" or "cold_graph" not in info:
+            continue
+        contender, _, tensors = name.partition("[")[2].removesuffix("]").partition("-")
+        us.setdefault(tensors, {})[contender] = float(info["cold_graph"]["p50_us"])
+        if contender in FUSED and " MB " in tensors:
+            share = info["bytes_moved"] / us[tensors][contender] / (1e6 * TERABYTES)
+            shares[tensors] = max(share, shares.get(tensors, 0.0))
+    model = us.get(STACK, {})
+    fused = [model[name] for name in FUSED if name in model]
+    over = model["foreach"] / min(fused) if fused and "foreach" in model else None
+    wanted, what = f"≥ 90 % of {TERABYTES:g} TB/s", "gated factors of 64 MB and more"
+    worst_list = min(shares, key=lambda key: shares[key], default="")
+    return [
+        at_least("11", f"gated factors of {STACK}, fused over a torch._foreach chain", 3.0, over),
+        Goal("11", what, wanted, f"{100 * shares[worst_list]:.0f} % at the worst ({worst_list})",
+             shares[worst_list] >= 0.9, shares[worst_list]) if shares else Goal("11", what, wanted, UNKNOWN, None),
     ]  # fmt: skip
 
 
@@ -260,7 +318,7 @@ def page(folder: Path) -> str:
 
 def environment(folder: Path) -> Info:
     """What the first benchmark found."""
-    for family in ("tucker2", "networks"):
+    for family in FAMILIES:
         for _, info in read(folder, family):
             found: Info = info.get("environment", {})
             return found
@@ -273,8 +331,8 @@ def main() -> int:
     parser.add_argument("results", type=Path, help="the folder that bench/gpu.py filled")
     parser.add_argument("--write", type=Path, help="a file for the tables")
     options = parser.parse_args()
-    if not any(read(options.results, family) for family in ("tucker2", "networks")):
-        print(f"{options.results} has no results of tucker2 or networks", file=sys.stderr)
+    if not any(read(options.results, family) for family in FAMILIES):
+        print(f"{options.results} has no results of {', '.join(FAMILIES)}", file=sys.stderr)
         return 2
     text = page(options.results)
     print(text)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrank
-from fastrank import _backends, complexity, models, recipe
+from fastrank import _backends, complexity, models, recipe, tune
 from fastrank.nn import FusedCPConv
 from fastrank.nn._fused import FusedConv2d
 
@@ -392,7 +392,7 @@ def main() -> int:
         what = record["network"], record["rank"], record["compress_rate"], record.get("part", ""), record["batch"]
         print(*what, f"{record['fewer_macs']:.2f}×", us, record["wrong"] or "", flush=True)
         if options.out:
-            gpu.write(options.out, {"environment": timing.environment(), "rows": found})
+            gpu.write(options.out, {"environment": timing.environment() | tune.environment(), "rows": found})
     return int(any(record["wrong"] for record in found))
 
 

@@ -74,11 +74,13 @@ def classifiers(result: Mapping[str, Any]) -> str:
 def machine(result: Mapping[str, Any]) -> str:
     here, first = result["environment"], result["rows"][0]
     layout = "channels_last" if first["channels_last"] else "NCHW"
-    return f"{first['dtype']}, {layout}, {here['cpu_threads']} threads, torch {here['torch']}, eager."
+    return f"{first['dtype']}, {layout}, {here['cpu_threads']} threads, {here['device']}, torch {here['torch']}, eager."
 
 
 def classifiers_on_gpu(folder: Path | None) -> str:
-    """The rows that are counted to the digit at the batches of a GPU, measured or not."""
+    """The rows that are counted to the digit at the batches of a GPU, measured or not; a sentence without a run."""
+    if folder is None:
+        return "Not yet measured on a GPU."
     found = {
         (r["network"], r["rank"], r["compress_rate"], r["batch"], r["compiled"]): r
         for r in read(folder)
@@ -101,7 +103,7 @@ def classifiers_on_gpu(folder: Path | None) -> str:
 def detector(result: Mapping[str, Any], folder: Path | None) -> str:
     """Faster R-CNN, its ResNet alone and as a whole, on a CPU and on a GPU."""
     lines = []
-    for where, records in (("CPU", result["rows"]), ("GPU", read(folder))):
+    for where, records in (("CPU", result["rows"]), *([("GPU", read(folder))] if folder else [])):
         parts = {record["part"]: record for record in records if record["network"] == norton.DETECTOR}
         for part in ("backbone", "detector"):
             record = parts.get(part)
@@ -112,4 +114,5 @@ def detector(result: Mapping[str, Any], folder: Path | None) -> str:
             ]  # fmt: skip
             told = [rate(record, "eager"), *(faster(record, "eager", name) for name in BASES)]
             lines.append([f"{part}, {where}", *size[:2], told[0], size[2], *told[1:]])
-    return markdown(["part", "image", "MACs", "dense, frames/s", "fewer MACs", *BASES], lines)
+    shown = markdown(["part", "image", "MACs", "dense, frames/s", "fewer MACs", *BASES], lines)
+    return shown if folder else f"{shown}\n\nNot yet measured on a GPU."

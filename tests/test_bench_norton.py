@@ -193,7 +193,7 @@ def record(
 
 def test_records_become_the_table(page) -> None:
     result = {
-        "environment": {"cpu_threads": 2, "torch": "2.11"},
+        "environment": {"cpu_threads": 2, "torch": "2.11", "device": "a CPU"},
         "rows": [
             record("resnet_56", 1, "[0.]+[0.18]*29", 16),
             record("vgg_16_bn", 2, None, 1),
@@ -205,19 +205,20 @@ def test_records_become_the_table(page) -> None:
         f"| VGG-16-BN, R = 2 | 1 | 250 | 2.5e+03 | {told}",
         f"| ResNet-56, R = 1, `[0.]+[0.18]*29` | 16 | 250 | 4e+04 | {told}",
         "",
-        "float32, NCHW, 2 threads, torch 2.11, eager.",
+        "float32, NCHW, 2 threads, a CPU, torch 2.11, eager.",
     ]
     assert page.detector(result, None).splitlines()[2:] == [
         f"| backbone, CPU | 320² | 1K → 250 | 2.5e+03 | {told}",
-        *(
-            f"| {part} | {' | '.join(['not yet measured'] * 7)} |"
-            for part in ("detector, CPU", "backbone, GPU", "detector, GPU")
-        ),
+        f"| detector, CPU | {' | '.join(['not yet measured'] * 7)} |",
+        "",
+        "Not yet measured on a GPU.",
     ]
 
 
 def test_a_gpu_run_fills_its_cells(page, tmp_path) -> None:
-    blank = page.classifiers_on_gpu(None)
+    assert page.classifiers_on_gpu(None) == "Not yet measured on a GPU."
+    (tmp_path / "empty").mkdir()
+    blank = page.classifiers_on_gpu(tmp_path / "empty")
     assert len(blank.splitlines()) == 2 + len(EXACT) * 3
     assert blank.count("not yet measured") == len(EXACT) * 3 * 7
     assert "| VGG-16-BN, R = 2 | 32 | not yet measured | 4.24× |" in blank

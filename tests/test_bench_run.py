@@ -174,6 +174,21 @@ def results(tmp_path) -> Any:
         "faster_than_dense": {"cold_graph": {"dense": 1, "auto": 2}},
     }  # fmt: skip
     write(tmp_path / "bench_networks.jsonl", [{"name": "n", "group": "ResNet-18 compiled", "extra_info": network}])
+    cp = [
+        {"name": "test_forward[256-14-1]", "group": "cp forward",
+         "extra_info": {"layer": f"{channels}, 14x14", "rank": rank, "cold_graph": {
+             name: {"p50_us": us} for name, us in {"sequence": 40, "dense": 12, "triton": fused}.items()}}}
+        for channels, rank, fused in ((128, 1, 4), (256, 1, 4), (256, 4, 10))
+    ]  # fmt: skip
+    write(tmp_path / "bench_depthwise.jsonl", cp)
+    gates = [
+        {"name": f"test_gated_factors[{name}]", "group": "gated_factors, forward",
+         "extra_info": {"bytes_moved": 4.3e6 * 20, "cold_graph": {"p50_us": us}}}
+        for name, us in (("foreach-ResNet-18", 90), ("cuda-ResNet-18", 30), ("triton-ResNet-18", 45),
+                         ("cuda-64 MB of rows of 64", 25), ("triton-64 MB of rows of 64", 40),
+                         ("cuda-64 MB of rows of 576", 21))
+    ]  # fmt: skip
+    write(tmp_path / "bench_gates.jsonl", gates)
     return tmp_path
 
 
@@ -203,7 +218,13 @@ def test_goals_from_results(results) -> None:
     assert told("host time of an eager call, auto") == ("12.0 µs (cuda 8.0)", False)
     for what in ("ResNet-18's stack, auto over dense, N=8", "NRMF conv5, auto over dense, N=128"):
         assert told(what) == ("not measured", None)
-    assert {goal.number for goal in goals.values()} == {"1", "2", "3", "4", "5", "12"}
+    assert {goal.number for goal in goals.values()} == {"1", "2", "3", "4", "5", "6", "11", "12"}
+    mean = (10 * 10 * 4) ** (1 / 3)
+    assert told("CP layers, fused over the chain of four operations, geometric mean") == (f"{mean:.2f}× (3 rows)", True)
+    assert told("CP layers of 128 channels, R = 1, fused over dense") == ("3.00×", True)
+    assert told("CP layers of 256 channels, R = 1, fused over dense") == ("3.00×", False)
+    assert told("gated factors of ResNet-18, fused over a torch._foreach chain") == ("3.00×", True)
+    assert told("gated factors of 64 MB and more") == ("80 % at the worst (64 MB of rows of 64)", False)
 
 
 def test_missing_layers_and_a_missing_table_are_told(tmp_path) -> None:
@@ -224,4 +245,4 @@ def test_goals_are_printed_and_written(results, monkeypatch, capsys) -> None:
     assert "Measured on a card, torch 2, CUDA 13, cuDNN 9." in shown
     monkeypatch.setattr(sys, "argv", ["goals.py", str(results / "nowhere")])
     assert goals.main() == 2
-    assert capsys.readouterr().err.endswith("nowhere has no results of tucker2 or networks\n")
+    assert capsys.readouterr().err.endswith("nowhere has no results of tucker2, networks, depthwise, gates\n")

@@ -91,6 +91,8 @@ def test_a_dense_model_as_if_it_were_compressed():
     macs = 4 * 5 * 4 * 15 * 16 * 32
     assert tune.cases_as_if(model, torch.zeros(4, 3, 9, 9), 0.5, largest=macs) == [case]
     assert tune.cases_as_if(model, torch.zeros(4, 3, 9, 9), 0.5, largest=macs - 1) == []
+    (cp,) = tune.cases_as_if(model, torch.zeros(4, 3, 9, 9), 0.5, cp_rank=20)
+    assert (cp.op, cp.work) == ("cp_conv2d", replace(case.work, ranks=(15, 15)))
     narrow = nn.Sequential(nn.Conv2d(64, 2, 3, padding=1))
     (case,) = tune.cases_as_if(narrow, torch.zeros(1, 64, 5, 5), 1.0)
     assert case.work.ranks == (18, 2)
@@ -256,6 +258,7 @@ def test_bench_of_the_standard_layers_makes_a_model(cache, clock, command, serve
     from fastrank.cli import _bench
 
     monkeypatch.setattr(_bench, "STANDARD", ("lenet5_nrmf",))
+    monkeypatch.setattr(_bench, "STANDARD_CP", ("resnet_20",))
     monkeypatch.setattr(_calibrate, "POINTS", dict.fromkeys(_calibrate.POINTS, 8))
     monkeypatch.setattr(_calibrate, "LAYERS", dict.fromkeys(_calibrate.LAYERS, 8))
     monkeypatch.setattr(_calibrate, "LIMIT_MACS", 2e7)

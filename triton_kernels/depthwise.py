@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrank.triton_kernels.common import dot, finish_tile, phase_taps, pixel_pointers, project_points, tile_pixels
 from fastrank.triton_kernels.depthwise_plan import Depthwise, Packing, Plan, input_plan, plan
-from fastrank.triton_kernels.tucker2 import _dot, _finish, _pixels, _project, _rows, _taps
 
 PACK_BLOCK = 1024
 
@@ -69,9 +69,9 @@ def _fill(
         h = (tile_h * STRIDE_H + point // HALO_W % HALO_H) * GRID_H + ORIGIN_H
         w = (tile_w * STRIDE_W + point % HALO_W) * GRID_W + ORIGIN_W
         inside = (point < HALO) & (n < batch) & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-        points = _rows(x, n, h, w, x_n, x_h, x_w)
+        points = pixel_pointers(x, n, h, w, x_n, x_h, x_w)
         for column in range(0, columns, MAIN + REST):
-            total, more, main, rest = _project(
+            total, more, main, rest = project_points(
                 points, inside, weights, channels, padded_channels, x_c, columns, column, MAIN, REST, DEPTH, ROWS, TF32
             )
             tl.store(z + (point[:, None] * WIDTH + main[None, :]), total.to(x.dtype.element_ty))
@@ -122,7 +122,7 @@ def depthwise_kernel(
                 TILE_N, HALO_H, HALO_W, STRIDE_H, STRIDE_W, GRID_H, GRID_W, ORIGIN_H, ORIGIN_W,
                 WIDTH, MAIN, REST, ROWS, DEPTH, TF32,
             )  # fmt: skip
-            in_tile, n, h, w = _pixels(TILE_N, TILE_H, TILE_W, PIXELS)
+            in_tile, n, h, w = tile_pixels(TILE_N, TILE_H, TILE_W, PIXELS)
             z_rows = ((n * HALO_H + h * STRIDE_H) * HALO_W + w * STRIDE_W) * WIDTH
             z_rows = z + (z_rows[:, None] + column[None, :])
             for path in tl.range(0, paths, disable_licm=True):
@@ -132,12 +132,12 @@ def depthwise_kernel(
                     weight = tl.load(depthwise + (((group * GROUP + path) * TAPS + tap) * BLOCK_O + column))
                     y += shifted * weight[None, :]
             tl.debug_barrier()
-        in_tile, n, h, w = _pixels(TILE_N, TILE_H, TILE_W, PIXELS)
+        in_tile, n, h, w = tile_pixels(TILE_N, TILE_H, TILE_W, PIXELS)
         n, h, w = tile_n + n, tile_h + h, tile_w + w
         inside = in_tile & (n < batch) & (h < out_h) & (w < out_w)
-        outputs = _rows(out, n, h, w, out_n, out_y, out_x)
-        residuals = _rows(residual, n, h, w, residual_n, residual_h, residual_w)
-        _finish(y, o, inside, outs, bias, residuals, outputs, out_c, residual_c, BIAS, RESIDUAL, ACTIVATION)
+        outputs = pixel_pointers(out, n, h, w, out_n, out_y, out_x)
+        residuals = pixel_pointers(residual, n, h, w, residual_n, residual_h, residual_w)
+        finish_tile(y, o, inside, outs, bias, residuals, outputs, out_c, residual_c, BIAS, RESIDUAL, ACTIVATION)
 
 
 @triton.jit(
@@ -162,9 +162,9 @@ def depthwise_input_kernel(
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     phase, tile = tile % (PHASES_H * PHASES_W), tile // (PHASES_H * PHASES_W)
     phase_h, phase_w = phase // PHASES_W, phase % PHASES_W
-    first_h, count_h, place_h = _taps(phase_h, KERNEL_H, PHASES_H, LEAD_H, DILATION_H, EVERY_H)
-    first_w, count_w, place_w = _taps(phase_w, KERNEL_W, PHASES_W, LEAD_W, DILATION_W, EVERY_W)
-    in_tile, n, h, w = _pixels(TILE_N, TILE_H, TILE_W, PIXELS)
+    first_h, count_h, place_h = phase_taps(phase_h, KERNEL_H, PHASES_H, LEAD_H, DILATION_H, EVERY_H)
+    first_w, count_w, place_w = phase_taps(phase_w, KERNEL_W, PHASES_W, LEAD_W, DILATION_W, EVERY_W)
+    in_tile, n, h, w = tile_pixels(TILE_N, TILE_H, TILE_W, PIXELS)
     n += tile // (tiles_w * tiles_h) * TILE_N
     h += tile // tiles_w % tiles_h * TILE_H
     w += tile % tiles_w * TILE_W
@@ -181,7 +181,7 @@ def depthwise_input_kernel(
             tap_h, tap_w = tap // count_w, tap % count_w
             point_h, point_w = points_h + tap_h * STEP_H, points_w + tap_w * STEP_W
             met = in_tile & (point_h >= 0) & (point_h < grad_h) & (point_w >= 0) & (point_w < grad_w)
-            rows = _rows(grad, n, point_h, point_w, grad_n, grad_y, grad_x)
+            rows = pixel_pointers(grad, n, point_h, point_w, grad_n, grad_y, grad_x)
             g = tl.load(
                 rows[:, None] + o.to(tl.int64)[None, :] * grad_c, met[:, None] & (o < outs)[None, :], 0.0
             )  # fmt: skip
@@ -195,10 +195,10 @@ def depthwise_input_kernel(
             tl.store(rows + (r * outs + o)[None, :], a, (inside & (block == 0))[:, None] & (o < outs)[None, :])
         if OUT:
             b = tl.load(packed + (i[None, :] * (rank * padded_outs) + (r * padded_outs + o)[:, None]))
-            y = _dot(a, b, y, TF32)
+            y = dot(a, b, y, TF32)
     if OUT:
-        outputs = _rows(out, n, h, w, out_n, out_y, out_x)
-        _finish(y, i, inside, channels, out, outputs, outputs, out_c, out_c, False, False, 0)
+        outputs = pixel_pointers(out, n, h, w, out_n, out_y, out_x)
+        finish_tile(y, i, inside, channels, out, outputs, outputs, out_c, out_c, False, False, 0)
 
 
 def pack(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastrank.triton_kernels.tucker2_plan import MAX_COLUMNS, MAX_HALO, Axis, Pair, _block, axis, tiles_of
+from fastrank.triton_kernels.tucker2_plan import MAX_COLUMNS, MAX_HALO, Axis, Pair, axis, block_of, tiles_of
 
 MAX_SUMS = 32 * 256  # float32 sums of a program: 32 of a thread, of 8 warps
 FLIGHT = 48  # registers of a thread for rows of z that are on their way
@@ -118,7 +118,7 @@ def plan(work: Depthwise, processors: int, unit: str) -> Plan:
     axes, taps = work.axes(False), work.kernel[0] * work.kernel[1]
     sums = MAX_SUMS // (4 if unit == "fma" else 1)  # the operands of scalar units are in registers too
     longest = (128 if unit == "wgmma" else 64) // work.itemsize
-    depth = min(longest, _block(work.channels))
+    depth = min(longest, block_of(work.channels))
     channels = -(-work.channels // depth) * depth
 
     def parts(tile: tuple[int, int, int], block_o: int) -> tuple[int, int, int, Pair]:
@@ -129,7 +129,7 @@ def plan(work: Depthwise, processors: int, unit: str) -> Plan:
         columns = _columns(group * block_o, MAX_COLUMNS)
         # Between two groups the output's sums stay in registers beside those of z.
         most = sums // sum(columns) // (1 if group == work.rank else 2)
-        return halo, min(128, _block(halo), _floor(most)), group, columns
+        return halo, min(128, block_of(halo), _floor(most)), group, columns
 
     def cost(tile: tuple[int, int, int], pixels: int, block_o: int) -> tuple[float, int]:
         halo, rows, group, columns = parts(tile, block_o)
@@ -149,7 +149,7 @@ def plan(work: Depthwise, processors: int, unit: str) -> Plan:
     choices = [
         (tile, pixels, block_o)
         for pixels in (16, 32, 64, 128)
-        for block_o in _powers(16, min(MAX_COLUMNS, _block(work.outs)))
+        for block_o in _powers(16, min(MAX_COLUMNS, block_of(work.outs)))
         if pixels * block_o <= sums
         for tile in tiles_of(work.out_size, work.batch, pixels)
         if tile == (1, 1, 1) or tile[0] * axes[0].halo(tile[1]) * axes[1].halo(tile[2]) <= MAX_HALO
@@ -193,7 +193,7 @@ def input_plan(work: Depthwise, processors: int, unit: str) -> Plan:
     phases = axes[0].phases * axes[1].phases
     size = math.ceil(work.in_size[0] / axes[0].phases), math.ceil(work.in_size[1] / axes[1].phases)
     longest = (128 if unit == "wgmma" else 64) // work.itemsize
-    depth = min(longest, _block(work.outs))
+    depth = min(longest, block_of(work.outs))
     outs = -(-work.outs // depth) * depth
     sums = MAX_SUMS if unit == "fma" else 2 * MAX_SUMS
 
@@ -212,7 +212,7 @@ def input_plan(work: Depthwise, processors: int, unit: str) -> Plan:
     choices: Iterator[tuple[tuple[int, int, int], int, int]] = (
         (tile, pixels, block_i)
         for pixels in (16, 32, 64, 128)
-        for block_i in _powers(16, min(2 * MAX_COLUMNS, _block(work.channels)))
+        for block_i in _powers(16, min(2 * MAX_COLUMNS, block_of(work.channels)))
         if pixels * block_i <= sums
         for tile in tiles_of(size, work.batch, pixels)
     )

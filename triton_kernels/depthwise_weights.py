@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrank.triton_kernels.common import pixel_pointers, tile_pixels
 from fastrank.triton_kernels.depthwise import ALL, CASES, _fill, variant
 from fastrank.triton_kernels.depthwise_plan import Depthwise, Plan
-from fastrank.triton_kernels.tucker2 import _pixels, _rows
 from fastrank.triton_kernels.tucker2_weights import SUM_BLOCK, sum_kernel
 
 
@@ -52,12 +52,12 @@ def depthwise_weights_kernel(
                 TILE_N, HALO_H, HALO_W, STRIDE_H, STRIDE_W, GRID_H, GRID_W, ORIGIN_H, ORIGIN_W,
                 WIDTH, MAIN, REST, ROWS, DEPTH, TF32,
             )  # fmt: skip
-            in_tile, n, h, w = _pixels(TILE_N, TILE_H, TILE_W, PIXELS)
+            in_tile, n, h, w = tile_pixels(TILE_N, TILE_H, TILE_W, PIXELS)
             z_rows = ((n * HALO_H + h * STRIDE_H) * HALO_W + w * STRIDE_W) * WIDTH
             z_rows = z + (z_rows[:, None] + column[None, :])
             n, h, w = tile_n + n, tile_h + h, tile_w + w
             inside = in_tile & (n < batch) & (h < out_h) & (w < out_w)
-            rows = _rows(grad, n, h, w, grad_n, grad_y, grad_x)
+            rows = pixel_pointers(grad, n, h, w, grad_n, grad_y, grad_x)
             g = tl.load(rows[:, None] + o.to(tl.int64)[None, :] * grad_c, inside[:, None] & (o < outs)[None, :], 0.0)
             for step in range(paths * TAPS):
                 path, tap = step // TAPS, step % TAPS

@@ -17,88 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrank.triton_kernels.common import dot, finish_tile, phase_taps, pixel_pointers, project_points, tile_pixels
 from fastrank.triton_kernels.tucker2_plan import Convolution, Plan, plan
 
 PACK_BLOCK = 1024
-
-
-@triton.jit
-def _dot(a, b, total, TF32: tl.constexpr):
-    if TF32:
-        return tl.dot(a, b, total, input_precision="tf32")
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _rows(base, n, h, w, n_stride, h_stride, w_stride):
-    """Pointers to channel 0 of pixels. A tensor may have more than 2**31 elements, an axis may not."""
-    return base + (n.to(tl.int64) * n_stride + h.to(tl.int64) * h_stride + w.to(tl.int64) * w_stride)
-
-
-@triton.jit
-def _pixels(TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, PIXELS: tl.constexpr):
-    """Whether each of a block's rows is a pixel of the tile, and that pixel's image, row and column (else pixel 0)."""
-    row = tl.arange(0, PIXELS)
-    in_tile = row < TILE_N * TILE_H * TILE_W
-    row = tl.where(in_tile, row, 0)
-    return in_tile, row // (TILE_H * TILE_W), row // TILE_W % TILE_H, row % TILE_W
-
-
-@triton.jit
-def _project(
-    points, inside, weights, channels, padded_channels, channel_stride, rank, column,
-    MAIN: tl.constexpr, REST: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TF32: tl.constexpr,
-):  # fmt: skip
-    """Columns of z1 from `column` on, MAIN and REST of them, of ROWS points (pointers to channel 0)."""
-    main = column + tl.arange(0, MAIN)
-    total, rest = tl.zeros((ROWS, MAIN), tl.float32), main
-    more = total
-    if REST:
-        rest = column + MAIN + tl.arange(0, REST)
-        more = tl.zeros((ROWS, REST), tl.float32)
-    for start in range(0, padded_channels, DEPTH):
-        channel = start + tl.arange(0, DEPTH)
-        mask = inside[:, None] & (channel < channels)[None, :]
-        a = tl.load(points[:, None] + channel.to(tl.int64)[None, :] * channel_stride, mask, 0.0)
-        total = _dot(a, tl.load(weights + channel[:, None] + main[None, :] * padded_channels), total, TF32)
-        if REST:
-            more = _dot(a, tl.load(weights + channel[:, None] + rest[None, :] * padded_channels), more, TF32)
-    # Zeros in the padding would not do: their product with an infinite entry is no zero.
-    total = tl.where(inside[:, None] & (main < rank)[None, :], total, 0.0)
-    if REST:
-        more = tl.where(inside[:, None] & (rest < rank)[None, :], more, 0.0)
-    return total, more, main, rest
-
-
-@triton.jit
-def _finish(
-    y, o, inside, outs, bias, residual, out, out_c, residual_c,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Store activation(y + bias + residual) to columns o; residual and out are pointers to the rows' channel 0."""
-    mask, place = inside[:, None] & (o < outs)[None, :], o.to(tl.int64)[None, :]
-    if BIAS:
-        y += tl.load(bias + o, o < outs, 0.0).to(tl.float32)[None, :]
-    if RESIDUAL:
-        y += tl.load(residual[:, None] + place * residual_c, mask, 0.0).to(tl.float32)
-    if ACTIVATION == 1:
-        y = tl.where(y < 0.0, 0.0, y)  # keeps NaN, as torch does
-    elif ACTIVATION == 2:
-        y = y * tl.sigmoid(y)
-    tl.store(out[:, None] + place * out_c, y.to(out.dtype.element_ty), mask)
-
-
-@triton.jit
-def _taps(
-    phase, KERNEL: tl.constexpr, PHASES: tl.constexpr, LEAD: tl.constexpr, DILATION: tl.constexpr, EVERY: tl.constexpr
-):
-    """The taps that meet a phase, every EVERY-th: the first, how many, and the first one's place in the halo."""
-    if PHASES == 1:
-        return 0, KERNEL, LEAD
-    first = KERNEL
-    for tap in tl.static_range(EVERY):
-        first = tl.where((phase + LEAD - tap * DILATION) % PHASES == 0, tap, first)
-    return first, (KERNEL - first + EVERY - 1) // EVERY, (phase + LEAD - first * DILATION) // PHASES
 
 
 @triton.jit
@@ -192,9 +114,9 @@ def convolution_kernel(
                 h = (tile_h * STRIDE_H + point // HALO_W % HALO_H) * GRID_H + ORIGIN_H
                 w = (tile_w * STRIDE_W + point % HALO_W) * GRID_W + ORIGIN_W
                 inside = (point < HALO) & (n < batch) & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-                points = _rows(x, n, h, w, x_n, x_h, x_w)
+                points = pixel_pointers(x, n, h, w, x_n, x_h, x_w)
                 for column in range(0, rank_1, WIDTH_1):
-                    total, more, main, rest = _project(
+                    total, more, main, rest = project_points(
                         points, inside, packed, channels, padded_channels, x_c, rank_1, column,
                         MAIN_1, REST_1, DEPTH, ROWS, TF32,
                     )  # fmt: skip
@@ -205,17 +127,17 @@ def convolution_kernel(
 
         for phase in tl.range(0, PHASES_H * PHASES_W, disable_licm=True):
             phase_h, phase_w = phase // PHASES_W, phase % PHASES_W
-            first_h, count_h, place_h = _taps(phase_h, KERNEL_H, PHASES_H, LEAD_H, DILATION_H, EVERY_H)
-            first_w, count_w, place_w = _taps(phase_w, KERNEL_W, PHASES_W, LEAD_W, DILATION_W, EVERY_W)
+            first_h, count_h, place_h = phase_taps(phase_h, KERNEL_H, PHASES_H, LEAD_H, DILATION_H, EVERY_H)
+            first_w, count_w, place_w = phase_taps(phase_w, KERNEL_W, PHASES_W, LEAD_W, DILATION_W, EVERY_W)
             for column in tl.range(0, rank_2, WIDTH_2, disable_licm=True):
-                in_tile, n, h, w = _pixels(TILE_N, TILE_H, TILE_W, PIXELS)
+                in_tile, n, h, w = tile_pixels(TILE_N, TILE_H, TILE_W, PIXELS)
                 if PROJECT:
                     z1_rows = ((n * HALO_H + h * STRIDE_H) * HALO_W + w * STRIDE_W) * PADDED_1
                     z1_rows = z1 + (z1_rows[:, None] + depth_1[None, :])
                 else:
                     top = ((tile_h + h) * STRIDE_H + place_h) * GRID_H + ORIGIN_H
                     left = ((tile_w + w) * STRIDE_W + place_w) * GRID_W + ORIGIN_W
-                    points = _rows(x, tile_n + n, top, left, x_n, x_h, x_w)
+                    points = pixel_pointers(x, tile_n + n, top, left, x_n, x_h, x_w)
                     points = points[:, None] + depth_1.to(tl.int64)[None, :] * x_c
                     top = tl.where(tile_n + n < batch, top, -(2**30))  # above the map with every tap
                 main = column + tl.arange(0, MAIN_2)
@@ -240,10 +162,10 @@ def convolution_kernel(
                         a = tl.load(points + (shift + tl.cast(chunk, tl.int64) * x_c), mask, 0.0)
                     weights = core + (tap * (PADDED_1 * PADDED_2) + chunk)
                     b = tl.load(weights + (main[None, :] * PADDED_1 + depth_1[:, None]))
-                    total = _dot(a, b, total, TF32)
+                    total = dot(a, b, total, TF32)
                     if REST_2:
                         b = tl.load(weights + (rest[None, :] * PADDED_1 + depth_1[:, None]))
-                        more = _dot(a, b, more, TF32)
+                        more = dot(a, b, more, TF32)
                 total = tl.where((main < rank_2)[None, :], total, 0.0).to(dtype)
                 if REST_2:
                     more = tl.where((rest < rank_2)[None, :], more, 0.0).to(dtype)
@@ -257,20 +179,20 @@ def convolution_kernel(
                         tl.store(place + rest[None, :], more, inside[:, None])
                 if OUT:
                     if not EXPAND:
-                        outputs = _rows(out, n, h, w, out_n, out_y, out_x)
-                        _finish(total, main, inside, outs, bias, outputs, outputs, out_c, out_c, False, False, 0)
+                        outputs = pixel_pointers(out, n, h, w, out_n, out_y, out_x)
+                        finish_tile(total, main, inside, outs, bias, outputs, outputs, out_c, out_c, False, False, 0)
                         if REST_2:
-                            _finish(more, rest, inside, outs, bias, outputs, outputs, out_c, out_c, False, False, 0)
+                            finish_tile(more, rest, inside, outs, bias, outputs, outputs, out_c, out_c, False, False, 0)
                     elif DEPTH_2 == 0:
-                        outputs = _rows(out, n, h, w, out_n, out_y, out_x)
-                        residuals = _rows(residual, n, h, w, residual_n, residual_h, residual_w)
+                        outputs = pixel_pointers(out, n, h, w, out_n, out_y, out_x)
+                        residuals = pixel_pointers(residual, n, h, w, residual_n, residual_h, residual_w)
                         for start in range(0, padded_outs, BLOCK_O):
                             o = start + tl.arange(0, BLOCK_O)
                             y = tl.zeros((PIXELS, BLOCK_O), tl.float32)
-                            y = _dot(total, tl.load(last + (o[None, :] * PADDED_2 + main[:, None])), y, TF32)
+                            y = dot(total, tl.load(last + (o[None, :] * PADDED_2 + main[:, None])), y, TF32)
                             if REST_2:
-                                y = _dot(more, tl.load(last + (o[None, :] * PADDED_2 + rest[:, None])), y, TF32)
-                            _finish(
+                                y = dot(more, tl.load(last + (o[None, :] * PADDED_2 + rest[:, None])), y, TF32)
+                            finish_tile(
                                 y, o, inside, outs, bias, residuals, outputs, out_c, residual_c,
                                 BIAS, RESIDUAL, ACTIVATION,
                             )  # fmt: skip
@@ -280,11 +202,11 @@ def convolution_kernel(
                             tl.store(z2 + rest[None, :], more)
             if OUT and DEPTH_2:
                 tl.debug_barrier()
-                in_tile, n, h, w = _pixels(TILE_N, TILE_H, TILE_W, PIXELS)
+                in_tile, n, h, w = tile_pixels(TILE_N, TILE_H, TILE_W, PIXELS)
                 n, h, w = tile_n + n, (tile_h + h) * PHASES_H + phase_h, (tile_w + w) * PHASES_W + phase_w
                 inside = in_tile & (n < batch) & (h < out_h) & (w < out_w)
-                outputs = _rows(out, n, h, w, out_n, out_y, out_x)
-                residuals = _rows(residual, n, h, w, residual_n, residual_h, residual_w)
+                outputs = pixel_pointers(out, n, h, w, out_n, out_y, out_x)
+                residuals = pixel_pointers(residual, n, h, w, residual_n, residual_h, residual_w)
                 depth_2 = tl.arange(0, DEPTH_2)
                 for start in range(0, padded_outs, BLOCK_O):
                     o = start + tl.arange(0, BLOCK_O)
@@ -292,8 +214,10 @@ def convolution_kernel(
                     for chunk in range(0, rank_2, DEPTH_2):
                         a = tl.load(z2 + (chunk + depth_2)[None, :], cache_modifier=".cg")
                         b = tl.load(last + (o[None, :] * PADDED_2 + (chunk + depth_2)[:, None]))
-                        y = _dot(a, b, y, TF32)
-                    _finish(y, o, inside, outs, bias, residuals, outputs, out_c, residual_c, BIAS, RESIDUAL, ACTIVATION)
+                        y = dot(a, b, y, TF32)
+                    finish_tile(
+                        y, o, inside, outs, bias, residuals, outputs, out_c, residual_c, BIAS, RESIDUAL, ACTIVATION
+                    )  # fmt: skip
                 tl.debug_barrier()
         if PROJECT:
             tl.debug_barrier()

@@ -108,7 +108,7 @@ def steps_of(channels: int, longest: int) -> tuple[int, int, int]:
     return length, 0, -(-channels // length)
 
 
-def _block(size: int) -> int:
+def block_of(size: int) -> int:
     """The least power of two, at least 16, that holds `size`."""
     return max(16, 1 << (size - 1).bit_length())
 
@@ -146,9 +146,9 @@ def plan(work: Convolution, processors: int, unit: str) -> Plan:
     main_2, rest_2, passes_2 = parts(work.ranks[1], 16 if resident else 32)
     width_1, width_2 = main_1 + rest_1, main_2 + rest_2
     ranks = width_1 * passes_1, width_2 * passes_2
-    depth, depth_1 = min(longest, _block(work.channels)), min(longest, rest_1 or main_1)
+    depth, depth_1 = min(longest, block_of(work.channels)), min(longest, rest_1 or main_1)
     depth_2, columns = 0 if resident else min(longest, rest_2 or main_2), work.outs if work.expand else 1
-    block_o = min(MAX_OPERAND // (main_2 * work.itemsize) if resident else MAX_COLUMNS, MAX_COLUMNS, _block(columns))
+    block_o = min(MAX_OPERAND // (main_2 * work.itemsize) if resident else MAX_COLUMNS, MAX_COLUMNS, block_of(columns))
     channels = -(-work.channels // depth) * depth if work.project else 0
     outs = -(-work.outs // block_o) * block_o if work.expand else 0
     weights = ranks[0] * channels + taps * ranks[0] * ranks[1] + ranks[1] * outs
@@ -156,7 +156,7 @@ def plan(work: Convolution, processors: int, unit: str) -> Plan:
     def rows_of(tile: tuple[int, int, int]) -> tuple[int, int]:
         """Points of the halo, and of them in a block of z1 (where there is none, what limits nothing)."""
         halo = tile[0] * axes[0].halo(tile[1]) * axes[1].halo(tile[2])
-        return halo, 64 if not work.project else min(128, _block(halo), _block(sums // width_1 // 2 + 1))
+        return halo, 64 if not work.project else min(128, block_of(halo), block_of(sums // width_1 // 2 + 1))
 
     def cost(tile: tuple[int, int, int], pixels: int) -> tuple[float, int]:
         halo, rows = rows_of(tile)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrank.triton_kernels.tucker2 import _dot, _project, _rows
+from fastrank.triton_kernels.common import dot, pixel_pointers, project_points
 from fastrank.triton_kernels.tucker2_plan import Pair, Plan, Products, products
 
 SUM_BLOCK = 256
@@ -23,10 +23,10 @@ def project_kernel(
     PADDED_1: tl.constexpr = (MAIN_1 + REST_1) * PASSES_1
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = pixel < pixels
-    points = _rows(x, pixel // (height * width), pixel // width % height, pixel % width, x_n, x_h, x_w)
+    points = pixel_pointers(x, pixel // (height * width), pixel // width % height, pixel % width, x_n, x_h, x_w)
     place = out + pixel.to(tl.int64)[:, None] * PADDED_1
     for column in range(0, PADDED_1, MAIN_1 + REST_1):
-        total, more, main, rest = _project(
+        total, more, main, rest = project_points(
             points, inside, packed, channels, padded_channels, x_c, rank, column, MAIN_1, REST_1, DEPTH, ROWS, TF32
         )
         tl.store(place + main[None, :], total.to(x.dtype.element_ty), inside[:, None])
@@ -54,13 +54,13 @@ def products_kernel(
         pixel = start + tl.arange(0, DEPTH)
         n, h, w = pixel // (a_height * a_width), pixel // a_width % a_height, pixel % a_width
         inside = pixel < pixels
-        left = tl.load(_rows(a_columns, n[:, None], h[:, None], w[:, None], a_n, a_h, a_w),
+        left = tl.load(pixel_pointers(a_columns, n[:, None], h[:, None], w[:, None], a_n, a_h, a_w),
                        inside[:, None] & (row < a_channels)[None, :], 0.0)  # fmt: skip
         h, w = h * STRIDE_H + shift_h, w * STRIDE_W + shift_w
         inside = inside & (h >= 0) & (h < b_height) & (w >= 0) & (w < b_width)
-        right = tl.load(_rows(b_columns, n[:, None], h[:, None], w[:, None], b_n, b_h, b_w),
+        right = tl.load(pixel_pointers(b_columns, n[:, None], h[:, None], w[:, None], b_n, b_h, b_w),
                         inside[:, None] & (column < b_channels)[None, :], 0.0)  # fmt: skip
-        total = _dot(tl.trans(left), right, total, TF32)
+        total = dot(tl.trans(left), right, total, TF32)
     # Shares and taps of whole tiles; offsets of one fit 32 bits.
     size = tl.num_programs(0) * (BLOCK_A * BLOCK_B)
     place = partials + (split * tl.num_programs(1) + tap).to(tl.int64) * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from fastrank.cli._common import Input, Json, app, blank, network_of, out, print
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STANDARD = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg16")
+# Layers whose CP forms are standard too (NORTON's networks of 32² pixels, and one of 224²), and the ranks of these.
+STANDARD_CP, CP_RANKS = ("vgg_16_bn", "resnet_56", "torchvision:resnet18"), (1, 2, 4, 8)
 # A dense convolution of more takes a second on a core: there is no doubt which backend wins, and nothing to wait for.
 STANDARD_MACS = 3e9
 BACKENDS = ("dense", "sequence", "depthwise", "triton", "cuda")
@@ -38,7 +41,8 @@ def bench(
 ) -> None:
     """Time dense, sequence and kernels of every compressed layer on this machine, in turns.
 
-    Without a model, --tune measures a cost model of this CPU too, by which layers are served that were never measured.
+    Without a model, --tune measures standard layers in both layouts, as Tucker-2 and as CP, and a cost model of this
+    CPU too, by which layers are served that were never measured.
     """
     if model is not None and arch is not None:
         raise ValueError("a model or --arch must be given, and not both, got both")
@@ -49,18 +53,22 @@ def bench(
     batches, place = _numbers("--batch", batch), torch.device(device)
     counts = _numbers("--threads", threads) if threads else [torch.get_num_threads()]
     table = tune.empty_table(place) if save_to is not None else tune.table_of(place)
+    a_cpu = do_tune and model is None and arch is None and place.type == "cpu"  # as a whole
+    layouts = (False, True) if a_cpu else (channels_last,)
     rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
         for count in counts if place.type == "cpu" else [before]:
             torch.set_num_threads(count)
-            found = _cases(model, arch, input_size, batches, share, DTYPES[dtype], channels_last, place)
-            for case, timing in tune.add_rows(table, found, place):
-                rows.append(_row(case, place, timing))
+            for layout in layouts:
+                found = _cases(model, arch, input_size, batches, share, DTYPES[dtype], layout, place)
+                found += _cp_cases(input_size, batches, DTYPES[dtype], layout) if a_cpu else []
+                for case, timing in tune.add_rows(table, found, place):
+                    rows.append(_row(case, place, timing))
     finally:
         torch.set_num_threads(before)
     fits: list[dict[str, Any]] = []
-    if do_tune and model is None and arch is None and place.type == "cpu":
+    if a_cpu:
         for setup in tune.setups(counts):
             regret = tune.calibrate(table, setup, effort=effort)
             label = f"{str(setup.dtype).removeprefix('torch.')}, {'NHWC' if setup.channels_last else 'NCHW'}"
@@ -139,6 +147,20 @@ def _cases(
             else:
                 found += tune.cases(network.to(device), x.to(device))
     return found
+
+
+def _cp_cases(input_size: str | None, batches: list[int], dtype: torch.dtype, channels_last: bool) -> list[tune.Case]:
+    """The standard layers as CP filters, on a CPU."""
+    found: dict[Any, tune.Case] = {}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for name in STANDARD_CP:
+        network = network_of(name).to(dtype).eval()
+        image = blank(network, size_of(input_size, network))
+        for rank, batch in itertools.product(CP_RANKS, batches):
+            x = image.expand(batch, -1, -1, -1).contiguous(memory_format=layout)
+            options: dict[str, Any] = {"channels_last": channels_last, "largest": STANDARD_MACS / 2}
+            found |= {case.work: case for case in tune.cases_as_if(network, x, 1.0, cp_rank=rank, **options)}
+    return list(found.values())
 
 
 def _row(case: tune.Case, device: torch.device, timing: tune.Timing) -> dict[str, Any]:

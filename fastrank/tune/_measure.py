@@ -18,7 +18,7 @@ from fastrank import _backends, _checks, _tables, ops
 from fastrank._backends import ConvWork
 from fastrank.convert import input_sizes, sites
 from fastrank.decompose.tucker import max_ranks
-from fastrank.nn import FusedTucker2Conv
+from fastrank.nn import FusedCPConv, FusedTucker2Conv
 from fastrank.nn._forms import CP, SVD, TUCKER2, Form, chain, stages_of
 from fastrank.nn._fused import FusedConv2d
 from fastrank.nn._prepared import work_of
@@ -94,12 +94,18 @@ def cases(model: nn.Module, x: Tensor) -> list[Case]:
 
 
 def cases_as_if(
-    model: nn.Module, x: Tensor, share: float, *, channels_last: bool = False, largest: float = math.inf
+    model: nn.Module,
+    x: Tensor,
+    share: float,
+    *,
+    cp_rank: int | None = None,
+    channels_last: bool = False,
+    largest: float = math.inf,
 ) -> list[Case]:
     """The same for a dense `model` whose convolutions had Tucker-2 kernels, ranks being `share` of the channels.
 
-    Left out are 1×1 convolutions, those of fewer than 8 input channels, which nobody compresses, and those of more than
-    `largest` multiply-adds a batch.
+    cp_rank: CP filters of that rank instead, of no more than the kernel's taps. Left out are 1×1 convolutions, those of
+    fewer than 8 input channels, which nobody compresses, and those of more than `largest` multiply-adds a batch.
     """
     share = _checks.number("share", share, 0.0, 1.0, open_low=True)
     sizes, found = input_sizes(model, x[:1]), {}
@@ -107,22 +113,28 @@ def cases_as_if(
         conv = site.conv
         if site.reason or conv.kernel_size == (1, 1) or site.name not in sizes or conv.in_channels < 8:
             continue
-        limits = max_ranks(tuple(conv.weight.shape))
-        ranks = [round(share * channels) for channels in (conv.in_channels, conv.out_channels)]
-        rank_in, rank_out = (min(max(1, rank), limit) for rank, limit in zip(ranks, limits, strict=True))
-        kh, kw = conv.kernel_size[0], conv.kernel_size[1]
-        geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-        layer = FusedTucker2Conv(
-            conv.in_channels, conv.out_channels, (kh, kw), (rank_in, rank_out), device="meta", **geometry
-        )
+        layer = _as_if(conv, share, cp_rank)
         inputs = torch.empty(x.shape[0], conv.in_channels, *sizes[site.name], device="meta", dtype=x.dtype)
         if channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         work = work_of(layer, *layer._padded(inputs))
-        out = work.out_size
-        if work.batch * out[0] * out[1] * kh * kw * work.in_channels * work.out_channels <= largest:
-            found[work] = Case(site.name, "tucker2_conv2d", work, x.dtype)
+        macs = work.batch * math.prod(work.out_size) * math.prod(work.kernel) * work.in_channels * work.out_channels
+        if macs <= largest:
+            found[work] = Case(site.name, layer.form.op, work, x.dtype)
     return list(found.values())
+
+
+def _as_if(conv: nn.Conv2d, share: float, cp_rank: int | None) -> FusedConv2d:
+    """The layer, without values, that a convolution would become."""
+    kernel = conv.kernel_size[0], conv.kernel_size[1]
+    sizes = conv.in_channels, conv.out_channels, kernel
+    geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    if cp_rank is not None:
+        return FusedCPConv(*sizes, min(cp_rank, math.prod(kernel)), device="meta", **geometry)
+    limits = max_ranks(tuple(conv.weight.shape))
+    ranks = [round(share * channels) for channels in (conv.in_channels, conv.out_channels)]
+    rank_in, rank_out = (min(max(1, rank), limit) for rank, limit in zip(ranks, limits, strict=True))
+    return FusedTucker2Conv(*sizes, (rank_in, rank_out), device="meta", **geometry)
 
 
 def explain(case: Case, device: torch.device | str = "cpu") -> Explanation:

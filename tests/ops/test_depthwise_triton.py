@@ -140,6 +140,7 @@ FIXED = [
     ),
     Config(CP, (3, 70, 2, 8), (5, 1), (6, 9), stride=(3, 2), padding=(4, 3), residual="expanded"),
     Config(DECOUPLED, (1, 8, 9, 20), (7, 7), (1, 3), padding=(2, 3), layout="channels_last", bias=True),
+    Config(CP, (3, 5, 2, 6), (3, 3), (15, 16), padding=(1, 1), residual="contiguous", activation="silu"),
 ]  # fmt: skip
 
 
@@ -147,7 +148,8 @@ FIXED = [
 @on_devices
 @pytest.mark.parametrize("config", FIXED)
 def test_chosen_convolutions(config: Config, device: str, dtype: torch.dtype) -> None:
-    """One block of output channels and several, one step over the channels and several, kernels beyond a step."""
+    """One block of output channels and several, one step over the channels and several, kernels beyond a step, several
+    programs that take several tiles each."""
     judge(config, dtype, device)
 
 
