@@ -44,9 +44,9 @@ def test_unknown_names_are_refused(gpu) -> None:
 
 def test_the_gpu_tests_of_a_family(gpu) -> None:
     everything = {path.name for path in gpu.gpu_tests([])}
-    assert {"test_tucker2_device.py", "test_gates.py", "test_polar.py"} <= everything
+    assert {"test_tucker2_device.py", "test_gate_lists.py", "test_polar.py"} <= everything
     gates = {path.name for path in gpu.gpu_tests(["gates"])}
-    assert "test_gates.py" in gates
+    assert "test_gate_lists.py" in gates
     assert all("gate" in name for name in gates)
     mine = {path.name for path in gpu.gpu_tests(["tucker2"])}
     assert {"test_tucker2_device.py", "test_tucker2_triton.py"} <= mine

@@ -81,7 +81,8 @@ def test_a_batch_of_easy_and_hard_matrices(energy):
 def test_a_gram_matrix_by_stripes(n):
     a = randn(1, n, 40, dtype=torch.float64)
     g = _spectra.gram(a)
-    assert torch.equal(g, g.mT)
+    # Two libraries' products of the same numbers differ by roundings, and so may the two halves of one.
+    assert float((g - g.mT).abs().max()) <= 40 * EPS[torch.float64] * float(g.abs().max())
     assert float((g - a @ a.mT).abs().max()) <= 40 * EPS[torch.float64] * float(g.abs().max())
 
 

@@ -109,7 +109,7 @@ DECOUPLED = {"x": X, "pointwise": torch.zeros(2, 5, 3), "depthwise": torch.zeros
             {"second": torch.zeros(5, 2, 1, 3)},
             r"second must be of shape \(any, 2, 1, 1\) = \(O, R, 1, 1\), got \(5, 2, 1, 3\)",
         ),
-        (ops.channel_svd_conv2d, CHANNEL, {"bias": BIAS[:4]}, r"bias must be of shape \(5\) = \(O,\), got \(4\)"),
+        (ops.channel_svd_conv2d, CHANNEL, {"bias": BIAS[:4]}, r"bias must be of shape \(5\) = \(O,\), got \(4,\)"),
         (
             ops.channel_svd_conv2d,
             CHANNEL,
