@@ -127,9 +127,10 @@ def demangle(names: list[str]) -> dict[str, str]:
     if not shutil.which("c++filt") or not names:
         return {name: name for name in names}
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    dropped = r"\((int|bool)\)|\(anonymous namespace\)::"
+    # Casts of template arguments, and the namespaces of the kernel and of its arguments.
+    dropped = r"\((int|bool)\)|\(anonymous namespace\)::|\w+::"
     return {
-        name: re.sub(r"\(.*", "", re.sub(dropped, "", line)).rpartition("::")[2].removeprefix("void ")
+        name: re.sub(r"\(.*", "", re.sub(dropped, "", line)).removeprefix("void ")
         for name, line in zip(names, plain.splitlines(), strict=True)
     }
 
@@ -241,6 +242,8 @@ def kernels_in_source() -> dict[str, set[str]]:
     """The names of all kernels: @triton.jit functions (a leading underscore marks a helper) and __global__ ones."""
     triton_names = set()
     for path in kernel_files():
+        if path.stem == "common":  # what kernels call
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
                 continue
