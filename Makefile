@@ -20,14 +20,15 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
 NATIVE = $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help demo test lint types suite gpu bench tables report clean
+.PHONY: help demo test lint types suite gpu bench tables report docs clean
 help:
 	@echo "make demo            train, compress and fine-tune a CNN on real digits; results in runs/demo"
 	@echo "make test            install, build, lint, type-check and run the whole suite (TORCH=latest for the newest torch)"
 	@echo "make gpu OUT=DIR     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks (ONLY=tucker2 or build,tests,tucker2,...)"
 	@echo "make bench           pytest-benchmark comparisons on this machine"
 	@echo "make report          registers, spills, shared memory of every kernel; no GPU needed"
-	@echo "make tables          write the generated tables of README.md anew"
+	@echo "make tables          write the generated tables of README.md and docs/ anew"
+	@echo "make docs            build the site into build/site"
 
 demo: $(READY)
 	$(BIN)/fastrank demo --out runs/demo
@@ -55,6 +56,9 @@ report: $(READY)
 
 tables: $(READY)
 	$(BIN)/python bench/tables.py
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,8 @@
 
 README.md: the demo's table comes from bench/results/demo-cpu.json (a summary.json of `make demo`), the state of every
 operator from its registered backends, the shipped tables of times and the GPU results under bench/results.
-docs/recipes.md: the recipe files. docs/accuracy.md: bench/results/accuracy-cpu.json (of bench/accuracy.py).
+docs/api.md: the public names. docs/recipes.md: the recipe files. docs/accuracy.md: bench/results/accuracy-cpu.json
+(of bench/accuracy.py).
 docs/kernels/tucker2.md: what the plan predicts, where `fastrank._host` is built; the goals, and what was measured of
 them in the newest bench/results/gpu* folder that holds such a run. docs/networks.md: bench/results/norton-cpu.json (of
 bench/norton.py), and the newest such folder with NORTON's networks.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import api_page
 import dispatch
 import goals
 import norton_page
@@ -153,6 +155,7 @@ def goals_page() -> str:
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_table, "status": status_table},
+    "docs/api.md": {"api": api_page.page},
     "docs/recipes.md": {"recipes": recipes_table},
     "docs/dispatch.md": {
         "dispatch": lambda: dispatch.table(result("dispatch-cpu.json")),

@@ -1,7 +1,23 @@
 """fastrank: low-rank compression of CNNs that is fast where it is slow."""
 
-from fastrank import complexity, data, decompose, latency, methods, models, nn, ops, prune, ranks, regularize, train
+from fastrank import (
+    complexity,
+    data,
+    decompose,
+    export,
+    hub,
+    latency,
+    methods,
+    models,
+    nn,
+    ops,
+    prune,
+    ranks,
+    regularize,
+    train,
+)
 from fastrank._version import __version__
+from fastrank.calibration import calibrate
 from fastrank.convert import compress
 from fastrank.fuse import fuse_for_inference
 from fastrank.io import load, save
@@ -12,11 +28,14 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "__version__",
+    "calibrate",
     "complexity",
     "compress",
     "data",
     "decompose",
+    "export",
     "fuse_for_inference",
+    "hub",
     "latency",
     "load",
     "make_plan",

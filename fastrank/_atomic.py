@@ -7,19 +7,33 @@ import secrets
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace the file at `path` by `data`: whoever reads, or crashes, at any moment finds the old file or the new one.
+def require_place(path: str | os.PathLike[str], suffix: str = "") -> Path:
+    """`path`, links followed, as a file that may be written: the name ends in `suffix`, the folder is there.
 
-    The bytes go to a hidden temporary file beside `path`, reach the disk, and take its name. A failure removes the
-    temporary file; a killed process may leave one behind, see `remove_leftovers`. Raises OSError.
+    For asking ahead of long work. Raises ValueError or OSError.
     """
     path = Path(path)
+    if not path.name.endswith(suffix):
+        raise ValueError(f"path must end in {suffix}, got {path}")
     if path.is_symlink():
         path = path.resolve()  # the link stays, what it points at is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
     if path.is_dir():
         raise IsADirectoryError(f"path must be a file, got the folder {path}")
+    special = path.exists() and not path.is_file()  # a device or a pipe is written in place
+    if not special and not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"path must lie in a folder that may be written to, got {path}")
+    return path
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the file at `path` by `data`: whoever reads, or crashes, at any moment finds the old file or the new one.
+
+    The bytes go to a hidden temporary file beside `path`, reach the disk, and take its name. A failure removes the
+    temporary file; a killed process may leave one behind, see `remove_leftovers`. Raises OSError.
+    """
+    path = require_place(path)
     if path.exists() and not path.is_file():
         path.write_bytes(data)  # a device or a pipe: replacing it would turn it into a file
         return

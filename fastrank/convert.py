@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastrank import _checks
 from fastrank._stages import ConvStage
+from fastrank.calibration import Calibration
 from fastrank.decompose.tucker import max_ranks
 from fastrank.nn import FusedCPConv, FusedTucker2Conv, LayerCPConv, SVDConv
 from fastrank.nn import layer_cp as _layer_cp
@@ -56,22 +57,44 @@ def sites(model: nn.Module) -> list[Site]:
     return result
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a convolution: x has this shape (N, I, H, W), and lies as torch.channels_last or not."""
+
+    shape: tuple[int, ...]
+    channels_last: bool
+
+    @property
+    def size(self) -> Pair:
+        """(H, W) of the map."""
+        return self.shape[-2], self.shape[-1]
+
+
 def input_sizes(model: nn.Module, example_input: Tensor) -> dict[str, Pair]:
     """(H, W) of the map that each convolution, dense or factored, sees first when `model` runs on `example_input`.
+
+    See `calls`.
+    """
+    return {name: found[0].size for name, found in calls(model, example_input).items()}
+
+
+def calls(model: nn.Module, example_input: Tensor) -> dict[str, list[Call]]:
+    """Every call of each convolution, dense or factored, when `model` runs on `example_input`, in their order.
 
     The model runs once in eval mode without gradients and is left as it was. Raises ValueError where it
     refuses the input.
     """
     if not isinstance(example_input, Tensor):
         raise _checks.fail_type("example_input", "a torch.Tensor", example_input)
-    sizes: dict[str, Pair] = {}
+    found: dict[str, list[Call]] = {}
     handles = []
     training = {module: module.training for module in model.modules()}
 
     def record(name: str) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = next(iter((*args, *kwargs.values())))
-            sizes.setdefault(name, (x.shape[-2], x.shape[-1]))
+            last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            found.setdefault(name, []).append(Call(tuple(x.shape), last))
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -90,47 +113,71 @@ def input_sizes(model: nn.Module, example_input: Tensor) -> dict[str, Pair]:
             handle.remove()
         for module, flag in training.items():
             module.training = flag
-    return sizes
+    return found
 
 
 def factored_stages(conv: nn.Conv2d, layer: LayerPlan, in_size: Pair) -> list[ConvStage]:
     """The plain convolutions that `layer` would make of `conv` on an (H, W) map; no weight is touched."""
-    shape, kernel = tuple(conv.weight.shape), (conv.kernel_size[0], conv.kernel_size[1])
-    channels = conv.in_channels, conv.out_channels
-    _check_ranks(layer, shape)
-    geometry = geometry_of(conv)
-    factored: FactoredConv2d
+    if layer.method == "dense":
+        out = skeleton(conv, LayerPlan("tucker2", (1, 1)))._out_size(in_size)
+        kernel = (conv.kernel_size[0], conv.kernel_size[1])
+        return [ConvStage("dense", conv.in_channels, conv.out_channels, kernel, 1, conv.bias is not None, out)]
+    return skeleton(conv, layer).conv_stages(in_size)
+
+
+def skeleton(conv: nn.Conv2d, layer: LayerPlan, device: torch.device | str = "meta") -> FactoredConv2d:
+    """The factored layer that `layer` would make of `conv`, with factors drawn at random (none on "meta")."""
+    _check_ranks(layer, tuple(conv.weight.shape))
+    sizes: tuple[int, int, Pair] = (
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+    )
+    geometry = {**geometry_of(conv), "device": device}
     if layer.method == "tucker2":
-        factored = FusedTucker2Conv(*channels, kernel, (layer.ranks[0], layer.ranks[1]), **geometry)
-    elif layer.method == "cp":
-        factored = FusedCPConv(*channels, kernel, layer.ranks[0], **geometry)
-    elif layer.method == "cp-layer":
-        factored = LayerCPConv(*channels, kernel, layer.ranks[0], **geometry)
-    elif layer.method.startswith("svd-"):
-        factored = SVDConv(*channels, kernel, layer.ranks[0], scheme=layer.method.removeprefix("svd-"), **geometry)
-    else:
-        out = FusedTucker2Conv(*channels, kernel, (1, 1), **geometry)._out_size(in_size)
-        return [ConvStage("dense", *channels, kernel, 1, conv.bias is not None, out)]
-    return factored.conv_stages(in_size)
+        return FusedTucker2Conv(*sizes, (layer.ranks[0], layer.ranks[1]), **geometry)
+    if layer.method == "cp":
+        return FusedCPConv(*sizes, layer.ranks[0], **geometry)
+    if layer.method == "cp-layer":
+        return LayerCPConv(*sizes, layer.ranks[0], **geometry)
+    return SVDConv(*sizes, layer.ranks[0], scheme=layer.method.removeprefix("svd-"), **geometry)
 
 
-def compress(model: nn.Module, plan: Plan, *, inplace: bool = False, guard: bool = True) -> nn.Module:
+def compress(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    inplace: bool = False,
+    guard: bool = True,
+    calibration: Calibration | None = None,
+) -> nn.Module:
     """`model` with every layer of `plan` factored; a copy unless `inplace`.
+
+    calibration: what `fastrank.calibrate` found for this model; Tucker-2 and the SVD forms "channel" and "spatial" then
+    keep the layers' outputs on that data, the others are as without. Plans that were made with one need one.
 
     guard: leave a layer dense where its factored form would hold more parameters than it does now; plans of `make_plan`
     are taken as they are, since they were guarded by the count that their maker asked for. The result bears
     `fastrank_plan`, the plan as applied, with a reason for every layer that stays dense.
-    Raises ValueError where the plan names a layer that the model lacks, one that cannot be factored, or ranks above
-    its maximum; the model is then unchanged.
+    Raises ValueError where the plan names a layer that the model lacks, one of another shape, one that cannot be
+    factored, or ranks above its maximum; the model is then unchanged.
     """
     if not isinstance(plan, Plan):
         raise _checks.fail_type("plan", "a fastrank.Plan", plan)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise _checks.fail_type("calibration", "what fastrank.calibrate gives, or None", calibration)
+    if calibration is None and plan.options.get("calibrated") is True:
+        expected = "given for a plan that was made with one (fastrank.calibrate(model, data))"
+        raise _checks.fail("calibration", expected, "None")
     known = {site.name: site for site in sites(model)}
     if inplace and "" in known and plan.compressed:
         raise _checks.fail("inplace", "False for a model that is itself a convolution", "True")
     applied = _applied(plan, known, guard and "guard" not in plan.options)
-    changed = {known[name].conv: layer for name, layer in applied.items() if layer.method != "dense"}
-    replacements: dict[nn.Module, nn.Module] = {conv: build(conv, layer) for conv, layer in changed.items()}
+    replacements: dict[nn.Module, nn.Module] = {
+        known[name].conv: build(known[name].conv, layer, None if calibration is None else calibration.moment(name))
+        for name, layer in applied.items()
+        if layer.method != "dense"
+    }
     if inplace:
         result = model
         for parent, attribute, child in list(_children(model)):
@@ -168,6 +215,9 @@ def _applied(plan: Plan, known: dict[str, Site], guard: bool) -> dict[str, Layer
             found = f"{name!r}{_checks.near(name, known)}"
             raise _checks.fail("plan.layers", "names of convolutions of the model", found)
         site, where = known[name], f"plan.layers[{name!r}]"
+        if layer.shape and layer.shape != tuple(site.conv.weight.shape):
+            mine, its = ("×".join(map(str, shape)) for shape in (site.conv.weight.shape, layer.shape))
+            raise _checks.fail(where, f"for a kernel of {mine}, as the model has", f"one for {its}")
         applied[name] = layer
         if layer.method != "dense":
             if site.reason:
@@ -197,15 +247,15 @@ def guarded(conv: nn.Conv2d, layer: LayerPlan, cost: str, in_size: Pair = (1, 1)
     )
 
 
-def build(conv: nn.Conv2d, layer: LayerPlan) -> nn.Module:
-    """The factored layer that `layer` makes of `conv`."""
+def build(conv: nn.Conv2d, layer: LayerPlan, moment: Tensor | None = None) -> FactoredConv2d:
+    """The factored layer that `layer` makes of `conv`; moment: of its patches, see `decompose.channel_svd`."""
     if layer.method == "tucker2":
-        return FusedTucker2Conv.from_conv(conv, (layer.ranks[0], layer.ranks[1]))
+        return FusedTucker2Conv.from_conv(conv, (layer.ranks[0], layer.ranks[1]), moment=moment)
     if layer.method == "cp":
         return FusedCPConv.from_conv(conv, layer.ranks[0])
     if layer.method == "cp-layer":
         return LayerCPConv.from_conv(conv, layer.ranks[0])
-    return SVDConv.from_conv(conv, layer.ranks[0], layer.method.removeprefix("svd-"))
+    return SVDConv.from_conv(conv, layer.ranks[0], layer.method.removeprefix("svd-"), moment=moment)
 
 
 def _check_ranks(layer: LayerPlan, shape: tuple[int, ...], where: str = "") -> None:

@@ -75,8 +75,9 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo into the folder `out` and return what `summary.json` holds.
 
-    Writes summary.json, singular_values.png, ranks.png, plan.json and model.safetensors (the NRMF, 95 % row).
-    `say` receives one line a stage.
+    Writes summary.json, singular_values.png, ranks.png, plan.json and model.safetensors (the NRMF, 95 % row), the
+    trajectories of the trainings of both dense networks and of that row, and report.html. `say` receives one line a
+    stage.
     """
     settings = Settings() if settings is None else settings
     out = Path(out)
@@ -103,6 +104,7 @@ def run(
             regularizers=penalty,
             label=f"train {name}",
             progress=progress,
+            on_epoch=report.Recorder(dense[name], out / f"train-{name}", resume=False),
         )
 
     rows, tuned = [], {}
@@ -114,7 +116,18 @@ def run(
             compressed = convert.compress(network, plan)
             converted = train.evaluate(compressed, held_out).top1
             label = f"tune {name} {rule}"
-            train.fit(compressed, training_set, held_out, settings.tuning(), label=label, progress=progress)
+            recorder = None
+            if (name, rule) == SAVED:
+                recorder = report.Recorder(compressed, out / f"tune-{name}", resume=False)
+            train.fit(
+                compressed,
+                training_set,
+                held_out,
+                settings.tuning(),
+                label=label,
+                progress=progress,
+                on_epoch=recorder,
+            )
             tuned[name, rule] = compressed
             rows.append(
                 {
@@ -137,6 +150,8 @@ def run(
         row.update(latency=asdict(time_us), speedup=baseline / time_us.p50_us)
     summary: dict[str, Any] = {
         "fastrank": __version__,
+        "model": {"name": "lenet5_nrmf"},
+        "input_size": [1, IMAGE_SIZE, IMAGE_SIZE],
         "machine": {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()},
         "settings": asdict(settings),
         "data": {"train": len(training_set), "held_out": len(held_out), "image_size": IMAGE_SIZE},
@@ -147,13 +162,14 @@ def run(
         "dense_latency": {"batch": LATENCY_BATCH, **asdict(times["dense"])},
         "rows": rows,
     }
-    io.save(tuned[SAVED], out / "model.safetensors")
+    io.save(tuned[SAVED], out / "model.safetensors", input_size=(1, IMAGE_SIZE, IMAGE_SIZE))
     saved_plan = tuned[SAVED].fastrank_plan
     assert isinstance(saved_plan, Plan)
     saved_plan.save(out / "plan.json")
     _plots(out, dense, rows)
     summary["seconds"] = time.perf_counter() - started
     _atomic.write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    report.write_html(out)
     return summary
 
 

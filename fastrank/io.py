@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastrank import _checks, _files, models
 from fastrank.fuse import FusedModel
+from fastrank.models._external import AUX_LOGITS
 from fastrank.models.detection import OPTIONS
 from fastrank.models.identify import identify
 from fastrank.nn import (
@@ -42,25 +43,35 @@ LAYERS: dict[str, type[FactoredConv2d]] = {
 }
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, input_size: tuple[int, int, int] | None = None) -> None:
     """Write `model` to one safetensors file, atomically.
 
     The header holds where the architecture comes from (a name for `models.build`; torchvision and timm networks built
     elsewhere are recognised), every factored layer, the plan and the training flag. A model of unknown origin is saved
     too; loading it then needs the dense model (see `load`). What `fuse_for_inference` returns is refused.
+
+    input_size: (C, H, W) that the model is made for, by default its attribute `fastrank_input_size`, where it has one;
+    `load` sets that attribute, and the command line takes it where no --input is given.
     """
+    header = {KEY: json.dumps(describe(model, input_size))}
+    _files.save_tensors(path, model.state_dict(), header)
+
+
+def describe(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> dict[str, Any]:
+    """What a saved file says of `model`, as JSON-able values; see `save`, whose refusals are made here."""
     if not isinstance(model, nn.Module):
         raise _checks.fail_type("model", "a torch.nn.Module", model)
     if any(isinstance(module, FusedModel) for module in model.modules()):
         expected = "as it was before fuse_for_inference (save that network, and fuse it again when it is loaded)"
         raise _checks.fail("model", expected, "a fused one, which is a graph without an architecture to name")
     plan = getattr(model, "fastrank_plan", None)
+    size = getattr(model, "fastrank_input_size", None) if input_size is None else input_size
     layers = {
         name: {"type": type(module).__name__, "config": module.config()}
         for name, module in model.named_modules()  # a shared layer once, under its first name
         if isinstance(module, FactoredConv2d)
     }
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "origin": identify(model),
@@ -68,7 +79,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "plan": json.loads(plan.to_json()) if isinstance(plan, Plan) else None,
         "training": model.training,
     }
-    _files.save_tensors(path, model.state_dict(), {KEY: json.dumps(header)})
+    if size is not None:
+        header["input_size"] = list(_size("input_size", size))
+    return header
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -95,6 +108,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     model.load_state_dict(tensors, assign=True)
     if plan is not None:
         model.fastrank_plan = plan  # type: ignore[assignment]
+    if "input_size" in header:
+        model.fastrank_input_size = tuple(header["input_size"])  # type: ignore[assignment]
     return model.train(header["training"])
 
 
@@ -111,13 +126,36 @@ def _header(path: str, metadata: dict[str, str]) -> dict[str, Any]:
         "plan": (dict, type(None)),
         "training": (bool,),
     }
-    for key, kinds in wanted.items():
-        if not isinstance(header, dict) or not isinstance(header.get(key), kinds) or len(header) != len(wanted):
-            raise _checks.fail("path", "a model saved by fastrank.save", f"{path}, whose header has a wrong {key!r}")
-    if header["format"] != FORMAT or type(header["version"]) is not int or header["version"] != VERSION:
-        found = f"{header['format']} version {header['version']}"
-        raise _checks.fail("path", f"a file of {FORMAT} version {VERSION}", f"{path} of {found}")
+    newer = isinstance(header, dict) and header.get("format") == FORMAT and _is_newer(header.get("version"))
+    if not newer:
+        for key, kinds in wanted.items():
+            given = len(header) - ("input_size" in header) if isinstance(header, dict) else None
+            if given != len(wanted) or not isinstance(header.get(key), kinds):
+                found = f"{path}, whose header has a wrong {key!r}"
+                raise _checks.fail("path", "a model saved by fastrank.save", found)
+    if newer or header["format"] != FORMAT or type(header["version"]) is not int or header["version"] != VERSION:
+        found = f"{path} of {header['format']} version {header['version']}"
+        found += ", which a newer fastrank wrote: update this one (pip install -U fastrank)" if newer else ""
+        raise _checks.fail("path", f"a file of {FORMAT} version {VERSION}", found)
+    if "input_size" in header:
+        try:
+            _size("input_size", header["input_size"])
+        except (TypeError, ValueError) as error:
+            found = f"{path}, whose header has a wrong 'input_size': {error}"
+            raise _checks.fail("path", "a model saved by fastrank.save", found) from error
     return header
+
+
+def _is_newer(version: Any) -> bool:
+    return type(version) is int and version > VERSION
+
+
+def _size(name: str, value: Any) -> tuple[int, int, int]:
+    """Three sizes (C, H, W) of an image."""
+    if not isinstance(value, tuple | list) or len(value) != 3:
+        raise _checks.fail_type(name, "three ints (C, H, W)", value)
+    channels, height, width = (_checks.integer(f"{name}[{i}]", size, 1) for i, size in enumerate(value))
+    return channels, height, width
 
 
 def _built(path: str | os.PathLike[str], origin: dict[str, Any] | None) -> nn.Module:
@@ -126,7 +164,7 @@ def _built(path: str | os.PathLike[str], origin: dict[str, Any] | None) -> nn.Mo
             "model", f"the dense network, since {os.fspath(path)} is of one that has no name here", "None"
         )
     known = {"name", "num_classes", "rank", "compress_rate"}
-    if not known <= set(origin) <= known | set(OPTIONS):
+    if not known <= set(origin) <= {*known, *OPTIONS, AUX_LOGITS}:
         raise _checks.fail(
             "path", "a model saved by fastrank.save", f"{os.fspath(path)}, whose origin has keys {sorted(origin)}"
         )

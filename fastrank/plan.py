@@ -17,6 +17,7 @@ FORMAT = "fastrank-plan"
 VERSION = 1
 MAX_BYTES = 16 * 2**20
 MAX_RANK = 2**20
+MAX_NUMBER = 1e300
 
 # How many ranks each layer method takes.
 LAYER_METHODS: dict[str, int] = {
@@ -37,11 +38,15 @@ class LayerPlan:
     method: "dense" (left alone), "tucker2", "cp" (of every filter), "cp-layer" (of the whole kernel), "svd-channel",
     "svd-spatial" or "svd-decoupled".
     ranks: (R_in, R_out) for tucker2, (R,) for the others, () for dense. reason: one sentence for a person.
+    shape: of the kernel (O, I, kh, kw) that it was made for, or () where that is not known.
+    estimate: what its maker expects, by name, such as "dense_latency_us", "latency_us" and "error".
     """
 
     method: str
     ranks: tuple[int, ...] = ()
     reason: str = ""
+    shape: tuple[int, ...] = ()
+    estimate: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
@@ -60,7 +65,17 @@ class LayerPlan:
                 raise ValueError(f"ranks must be between 1 and {MAX_RANK}, got {rank}")
         if not isinstance(self.reason, str):
             raise TypeError(f"reason must be a str, got {type(self.reason).__name__}")
+        if not isinstance(self.shape, tuple | list) or any(type(size) is not int for size in self.shape):
+            raise TypeError(f"shape must be ints, got {self.shape!r}")
+        if len(self.shape) not in (0, 4) or any(size < 1 for size in self.shape):
+            raise ValueError(f"shape must be () or four sizes (O, I, kh, kw) of at least 1, got {list(self.shape)}")
+        if not isinstance(self.estimate, Mapping) or not all(isinstance(name, str) for name in self.estimate):
+            raise TypeError(f"estimate must be a mapping of names to numbers, got {type(self.estimate).__name__}")
+        for name, value in self.estimate.items():
+            if type(value) not in (int, float) or not -MAX_NUMBER < value < MAX_NUMBER:
+                raise ValueError(f"estimate[{name!r}] must be a finite number, got {value!r}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
+        object.__setattr__(self, "shape", tuple(self.shape))
 
 
 @dataclass(frozen=True)
@@ -94,10 +109,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; raises TypeError or ValueError where an option is no JSON."""
-        layers = {
-            name: {"method": layer.method, "ranks": list(layer.ranks), "reason": layer.reason}
-            for name, layer in self.layers.items()
-        }
+        layers = {name: _entry(layer) for name, layer in self.layers.items()}
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -125,6 +137,9 @@ class Plan:
         _keys(source, document, ("format", "version", "layers"), ("method", "options"))
         if document["format"] != FORMAT:
             raise ValueError(f"{source}.format must be {FORMAT!r}, got {document['format']!r}")
+        if type(document["version"]) is int and document["version"] > VERSION:
+            found = f"{document['version']}, which a newer fastrank wrote: update fastrank to read it"
+            raise ValueError(f"{source}.version must be {VERSION}, got {found}")
         if type(document["version"]) is not int or document["version"] != VERSION:
             raise ValueError(f"{source}.version must be {VERSION}, got {document['version']!r}")
         method, options = document.get("method", "manual"), document.get("options", {})
@@ -137,10 +152,14 @@ class Plan:
         layers = {}
         for name, entry in document["layers"].items():
             where = f"{source}.layers[{name!r}]"
-            _keys(where, entry, ("method",), ("ranks", "reason"))
+            _keys(where, entry, ("method",), ("ranks", "reason", "shape", "estimate"))
             try:
                 layers[name] = LayerPlan(
-                    entry["method"], _ranks(where, entry.get("ranks", [])), entry.get("reason", "")
+                    entry["method"],
+                    _ints("ranks", entry.get("ranks", [])),
+                    entry.get("reason", ""),
+                    _ints("shape", entry.get("shape", [])),
+                    entry.get("estimate", {}),
                 )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{where}: {error}") from error
@@ -177,9 +196,19 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _ranks(where: str, value: Any) -> tuple[int, ...]:
+def _entry(layer: LayerPlan) -> dict[str, Any]:
+    """A layer's part of the JSON document; what it does not know is left out."""
+    entry: dict[str, Any] = {"method": layer.method, "ranks": list(layer.ranks), "reason": layer.reason}
+    if layer.shape:
+        entry["shape"] = list(layer.shape)
+    if layer.estimate:
+        entry["estimate"] = dict(layer.estimate)
+    return entry
+
+
+def _ints(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise TypeError(f"ranks must be a list of ints, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a list of ints, got {type(value).__name__}")
     return tuple(value)
 
 

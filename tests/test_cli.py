@@ -16,7 +16,9 @@ import fastrank
 from fastrank import cli
 from fastrank.models.checkpoints import norton_layout
 
-COMMANDS = ("inspect", "plan", "train", "compress", "evaluate", "complexity", "bench", "report", "demo", "env")
+COMMANDS = (
+    "inspect", "plan", "train", "compress", "evaluate", "complexity", "bench", "export", "report", "demo", "env",
+)  # fmt: skip
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:

@@ -17,7 +17,8 @@ import fastrank
 from fastrank import demo
 
 COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results" / "demo-cpu.json"
-FILES = ["model.safetensors", "plan.json", "ranks.png", "singular_values.png", "summary.json"]
+FILES = ["model.safetensors", "plan.json", "ranks.png", "report.html", "singular_values.png", "summary.json"]
+FOLDERS = ["train-NRMF", "train-plain", "tune-NRMF"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def summary(result: tuple[Path, Any, float]) -> dict[str, Any]:
 @pytest.mark.slow
 def test_it_writes_what_it_says(result) -> None:
     out, done, _ = result
-    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert sorted(path.name for path in out.iterdir()) == FILES + FOLDERS
+    assert all((out / name / "trajectory.jsonl").stat().st_size > 1000 for name in FOLDERS)
     for name in ("ranks.png", "singular_values.png"):
         data = (out / name).read_bytes()
         assert data.startswith(b"\x89PNG")

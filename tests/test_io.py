@@ -155,6 +155,23 @@ def test_torchvision_networks_that_differ_in_geometry_alone_are_told_apart():
     assert identify(dilated) is None
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_classifiers_are_recognised_and_built_again(name):
+    with torch.device("meta"):
+        for aux_logits in (True, False):
+            model = torchvision.models.get_model(name, num_classes=7, aux_logits=aux_logits, init_weights=False)
+            origin = identify(model)
+            assert origin.get("aux_logits", False) == aux_logits
+            again = models.build(**origin)
+            assert list(again.state_dict()) == list(model.state_dict())
+            assert again.fastrank_origin == origin
+            assert identify(again) == origin
+        with pytest.raises(ValueError, match=r"^aux_logits must be left out for torchvision:resnet18, which has no"):
+            models.build("torchvision:resnet18", aux_logits=True)
+        with pytest.raises(TypeError, match=r"^aux_logits must be a bool, got int"):
+            models.build(f"torchvision:{name}", aux_logits=1)
+
+
 def test_the_training_flag_is_kept_and_random_numbers_are_left_alone(tmp_path):
     model = models.build("lenet5_nrmf").train()
     save(model, tmp_path / "m")

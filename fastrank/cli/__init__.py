@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 
 # Each module registers its commands with the application when it is imported.
-from fastrank.cli import _bench, _compress, _evaluate, _info, _report  # noqa: F401
+from fastrank.cli import _bench, _compress, _evaluate, _export, _info, _plan, _report  # noqa: F401
 from fastrank.cli._common import app
 
 __all__ = ["app", "main"]

@@ -57,7 +57,11 @@ def network_of(name: str, **options: Any) -> nn.Module:
 
 
 def size_of(text: str | None, network: nn.Module) -> tuple[int, int, int]:
-    """The size that --input names, or the one that the architecture was published with."""
+    """The size that --input names, or the one that the file bears, or that the architecture was published with."""
+    known = getattr(network, "fastrank_input_size", None)
+    if text is None and known is not None:
+        channels, height, width = known
+        return channels, height, width
     if text is None:
         origin = getattr(network, "fastrank_origin", None) or models.identify(network)
         if origin is None:

@@ -1,4 +1,4 @@
-"""inspect, plan, train, compress: from a network to a smaller one."""
+"""inspect, train, compress: from a network to a smaller one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import typer
 
 import fastrank
 from fastrank import complexity as _complexity
+from fastrank import distributed, ranks, recipe, report
 from fastrank import io as _io
-from fastrank import ranks, recipe, report
 from fastrank.cli._bench import explain_layers, show_explained
 from fastrank.cli._common import Input, Json, Model, Root, app, blank, network_of, out, print_json, size_of
+from fastrank.cli._plan import Data, Images, calibrated, show_plan
 from fastrank.convert import input_sizes, sites
 from fastrank.decompose import unfold
 from fastrank.plan import Plan
@@ -27,12 +28,18 @@ def inspect(
         bool, typer.Option("--explain", help="Of a compressed model: the backend of every layer, and why.")
     ] = False,
     batch: Annotated[int, typer.Option(help="Images a batch that --explain is for.", min=1)] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Of a plan: a picture of every layer, as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show every convolution of a model with its energy ranks and costs, or a plan file as a table."""
+    """Show every convolution of a model with its energy ranks and costs, or a plan file as a table and a plot."""
     if model.endswith(".json"):
-        _show_plan(Plan.load(model), as_json)
+        loaded = Plan.load(model)
+        if plot is not None:
+            report.plot_plan(plot, loaded.layers, title=f"{Path(model).name}: {loaded.method}")
+        show_plan(loaded, as_json)
         return
+    if plot is not None:
+        raise ValueError(f"--plot must be of a plan file, got {model!r}")
     network = network_of(model)
     size = size_of(input_size, network)
     if explain:
@@ -80,30 +87,6 @@ def inspect(
     out.print(report.table(columns, cells, title=title))
 
 
-@app.command(epilog="Example: fastrank plan torchvision:resnet18 --method nrmf --budget macs=0.5 --out plan.json")
-def plan(
-    model: Model,
-    method: Annotated[str, typer.Option(help="nrmf, vbmf, trp-channel, trp-spatial, norton or auto.")] = "nrmf",
-    energy: Annotated[float | None, typer.Option(help="Share of squared singular values to keep.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of norton.")] = None,
-    budget: Annotated[str | None, typer.Option(help="macs=SHARE or params=SHARE of the dense model.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Layer name or pattern to leave dense; repeatable.")] = None,
-    input_size: Input = None,
-    save_to: Annotated[Path | None, typer.Option("--out", help="Where to write the plan.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Choose a form and ranks for every convolution, with a reason each."""
-    network = network_of(model)
-    options = {key: value for key, value in (("energy", energy), ("rank", rank)) if value is not None}
-    example = blank(network, size_of(input_size, network))
-    made = fastrank.make_plan(
-        network, method, example_input=example, budget=_budget(budget), skip=skip or [], **options
-    )
-    if save_to is not None:
-        made.save(save_to)
-    _show_plan(made, as_json)
-
-
 @app.command(epilog="Example: fastrank train recipes/nrmf_lenet5_digits.yaml --out runs/nrmf")
 def train(
     recipe_file: Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")],
@@ -116,25 +99,43 @@ def train(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One epoch of everything.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming what is in --out.")] = False,
+    parallel: Annotated[
+        str | None, typer.Option(help="Under torchrun: ddp (the default) or fsdp, sharded.", metavar="ddp|fsdp")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log every epoch for TensorBoard, in the folder tensorboard of --out.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train, regularise, compress and fine-tune as a recipe says; a killed run goes on where it was."""
+    """Train, regularise, compress and fine-tune as a recipe says; a killed run goes on where it was.
+
+    On several GPUs or machines: torchrun --nproc-per-node 4 -m fastrank train RECIPE --out DIR.
+    """
     chosen = recipe.load(recipe_file)
-    summary = recipe.run(
-        chosen.quick() if quick else chosen,
-        save_to,
-        root=root,
-        pretrained=pretrained,
-        resume=not fresh,
-        progress=None,
-    )
-    if as_json:
+    several = distributed.started_as_rank()
+    if parallel is not None and not several:
+        raise ValueError(f"--parallel must be left out where torchrun has not started several ranks, got {parallel!r}")
+    with distributed.joined():
+        summary = recipe.run(
+            chosen.quick() if quick else chosen,
+            save_to,
+            root=root,
+            pretrained=pretrained,
+            resume=not fresh,
+            progress=None,
+            parallel=(parallel or "ddp") if several else None,
+            logger=_tensorboard() if tensorboard else None,
+        )
+        main = distributed.rank() == 0
+    if as_json and main:
         print_json(summary)
-        return
-    out.print(report.stage_table(report.stages_of(summary), title=str(recipe_file)))
-    if line := report.published(summary):
-        out.print(line)
-    out.print(f"Written to {save_to}: summary.json, model.safetensors" + (", plan.json" if chosen.compress else ""))
+    elif main:
+        out.print(report.stage_table(report.stages_of(summary), title=str(recipe_file)))
+        if line := report.published(summary):
+            out.print(line)
+        out.print(f"Written to {save_to}: summary.json, model.safetensors" + (", plan.json" if chosen.compress else ""))
+    if several:
+        distributed.leave()
 
 
 @app.command(epilog="Example: fastrank compress model.safetensors --plan plan.json --out small.safetensors")
@@ -144,17 +145,21 @@ def compress(
     save_to: Annotated[Path, typer.Option("--out", help="Where to write the compressed model.")],
     input_size: Input = None,
     guard: Annotated[bool, typer.Option(help="Keep layers dense that would grow.")] = True,
+    dataset: Data = None,
+    root: Root = None,
+    images: Images = 256,
     as_json: Json = False,
 ) -> None:
-    """Apply a plan to a model and save the result with its architecture."""
+    """Apply a plan to a model and save the result with its architecture; with --data, calibrated on these images."""
     if save_to.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {str(save_to)!r}")
     network, chosen = network_of(model), Plan.load(plan_file)
     size = size_of(input_size, network)
     before = _complexity.count(network, size)
-    small = fastrank.compress(network, chosen, guard=guard)
+    calibration = None if dataset is None else calibrated(network, dataset, root, images)
+    small = fastrank.compress(network, chosen, guard=guard, calibration=calibration)
     after = _complexity.count(small, size)
-    _io.save(small, save_to)
+    _io.save(small, save_to, input_size=size)
     totals = {
         "out": str(save_to),
         "macs": {"dense": before.macs, "compressed": after.macs},
@@ -170,20 +175,7 @@ def compress(
     out.print(report.table(["", "dense", "compressed", "fewer"], cells, title=f"{model} -> {save_to}"))
 
 
-def _budget(text: str | None) -> dict[str, float] | None:
-    if text is None:
-        return None
-    kind, _, share = text.partition("=")
-    try:
-        return {kind: float(share)}
-    except ValueError as error:
-        raise ValueError(f"--budget must be macs=SHARE or params=SHARE, got {text!r}") from error
+def _tensorboard() -> Any:
+    from fastrank.integrations import tensorboard
 
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    if as_json:
-        out.print_json(plan.to_json())
-        return
-    cells = [[name, layer.method, report.ranks_text(layer.ranks), layer.reason] for name, layer in plan.layers.items()]
-    title = f"{plan.method} plan: {len(plan.compressed)} of {len(plan.layers)} convolutions factored"
-    out.print(report.table(["layer", "becomes", "ranks", "because"], cells, title=title, left=4))
+    return tensorboard.epoch_logger

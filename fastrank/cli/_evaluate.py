@@ -82,7 +82,7 @@ def evaluate(
     found, options = images_of(dataset, network, root, size, mean, std)
     result, line = _measured(network, found, batch_size, device)
     if save_to is not None:
-        _io.save(network, save_to)
+        _io.save(network, save_to, input_size=getattr(found, "shape", None))
     if as_json:
         document = {"model": name, "ckpt": ckpt, "rank": rank, "compress_rate": compress_rate, "data": dataset}
         print_json({**document, "options": options, **result})

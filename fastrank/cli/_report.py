@@ -30,10 +30,10 @@ def report_(
     mean: Mean = None,
     std: Std = None,
     layer: Annotated[str | None, typer.Option(help="The layer to look at; the last convolution by default.")] = None,
-    save_to: Annotated[Path | None, typer.Option("--out", help="The picture; of a run, the folder for plots.")] = None,
+    save_to: Annotated[Path | None, typer.Option("--out", help="The picture; of a run, the folder to use.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the summary of a run, or with --cam the activation maps of several models side by side."""
+    """Show the summary of a run and write it as a page; with --cam, the activation maps of several models."""
     if not cam:
         given = {"--image": image, "--data": dataset, "--index": index, "--layer": layer}
         wrong = [name for name, value in given.items() if value]
@@ -157,9 +157,10 @@ def _run(folder: str, save_to: Path | None, as_json: bool) -> None:
     if found.gates:
         report.plot_gates(place / "gates.png", found.gates, title=f"Gates, {Path(folder).name}")
         plots.append("gates.png")
+    page = report.write_html(folder, place / report.PAGE)
     if as_json:
         epochs = {name: len(rows) for name, rows in found.history.items()}
-        print_json({"run": folder, "summary": found.summary, "epochs": epochs, "plots": plots})
+        print_json({"run": folder, "summary": found.summary, "epochs": epochs, "plots": plots, "page": str(page)})
         return
     if "dense_latency" in found.summary:
         for block in _demo.tables(found.summary):
@@ -168,5 +169,4 @@ def _run(folder: str, save_to: Path | None, as_json: bool) -> None:
         out.print(report.stage_table(found.stages, title=folder))
     else:
         out.print(f"{folder}: no summary yet, {sum(map(len, found.history.values()))} epochs of training so far")
-    if plots:
-        out.print(f"Written to {place}: {', '.join(plots)}")
+    out.print(f"Written to {place}: {', '.join([*plots, page.name])}")

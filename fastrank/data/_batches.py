@@ -30,18 +30,26 @@ class Augment:
         if not isinstance(self.flip, bool):
             raise _checks.fail_type("flip", "a bool", self.flip)
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (N, C, H, W) of any dtype, each moved and mirrored by its own draws from a CPU generator."""
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, *, first: int = 0, among: int | None = None
+    ) -> Tensor:
+        """Images (N, C, H, W) of any dtype, each moved and mirrored by its own draws from a CPU generator.
+
+        They are those from number `first` on of a batch of `among` images (None: N), and get what they would get there.
+        """
         count, _, height, width = images.shape
+        among = count if among is None else among
         if self.shift:
-            offsets = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator).to(images.device)
+            offsets = torch.randint(0, 2 * self.shift + 1, (2, among, 1), generator=generator)
+            offsets = offsets[:, first : first + count].to(images.device)
             rows = offsets[0] + torch.arange(height, device=images.device)
             columns = offsets[1] + torch.arange(width, device=images.device)
             padded = F.pad(images, (self.shift,) * 4).permute(0, 2, 3, 1)
             image = torch.arange(count, device=images.device)[:, None, None]
             images = padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
         if self.flip:
-            mirrored = torch.randint(0, 2, (count, 1, 1, 1), generator=generator).to(images.device, torch.bool)
+            mirrored = torch.randint(0, 2, (among, 1, 1, 1), generator=generator)
+            mirrored = mirrored[first : first + count].to(images.device, torch.bool)
             images = torch.where(mirrored, images.flip(-1), images)
         return images
 
@@ -58,6 +66,7 @@ def batches(
     drop_last: bool = False,
     workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Images (B, C, H, W) float32 and labels (B,) int64 of one epoch, from batch `start` on.
 
@@ -65,7 +74,9 @@ def batches(
     through a DataLoader with `workers` processes. Batch i is the same whatever `start` and `workers` are: order and
     augmentation come from (seed, epoch, i), and torch's global generator is seeded from them around each image that
     is read from disk. Nothing else draws from the global generator. `drop_last` leaves out an incomplete last batch.
-    `collate` makes a pair of a list of items read from disk, for items that do not stack.
+    `collate` makes a pair of a list of items read from disk, for items that do not stack. `part`, the number of a rank
+    and how many there are, gives the share of each batch that `span` says, made of nothing but its own images; where
+    that is empty, the first image of the batch.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise _checks.fail_type("dataset", "a map-style data set with a length", dataset)
@@ -79,25 +90,50 @@ def batches(
     order = torch.randperm(total, generator=batch_generator(seed, epoch)) if shuffle else torch.arange(total)
     firsts = range(start * batch_size, min(total, count * batch_size), batch_size)
     indices = [order[first : first + batch_size] for first in firsts]
+    parts = [_Part(rows, *part) for rows in indices]
     if isinstance(dataset, ImageSet):
-        return _gathered(dataset, indices, augment, seed, epoch, start)
-    return _read(dataset, indices, augment, seed, epoch, start, workers, collate)
+        return _gathered(dataset, parts, augment, seed, epoch, start)
+    return _read(dataset, parts, augment, seed, epoch, start, workers, collate)
+
+
+def span(count: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First and end of the share of `count` images that a rank has: sizes differ by at most one, the larger first."""
+    size, more = divmod(count, ranks)
+    first = rank * size + min(rank, more)
+    return first, first + size + (rank < more)
+
+
+def rows_of(count: int, rank: int, ranks: int) -> slice:
+    """The images of a batch that a rank reads: those of `span`, and the first one where there is none."""
+    first, end = span(count, rank, ranks)
+    return slice(first, end) if end > first else slice(0, 1)
+
+
+class _Part:
+    """One rank's images of a batch: their rows, the number of the first one, and how many the batch has."""
+
+    def __init__(self, rows: Tensor, rank: int, ranks: int) -> None:
+        own = rows_of(len(rows), rank, ranks)
+        self.rows, self.first, self.among = rows[own], own.start, len(rows)
+
+    def augmented(self, images: Tensor, augment: Augment | None, *seeds: int) -> Tensor:
+        if augment is None:
+            return images
+        return augment(images, batch_generator(*seeds), first=self.first, among=self.among)
 
 
 def _gathered(
-    dataset: ImageSet, indices: list[Tensor], augment: Augment | None, seed: int, epoch: int, start: int
+    dataset: ImageSet, parts: list[_Part], augment: Augment | None, seed: int, epoch: int, start: int
 ) -> Iterator[Batch]:
-    for position, rows in enumerate(indices, start):
-        rows = rows.to(dataset.pixels.device)
-        pixels = dataset.pixels[rows]
-        if augment is not None:
-            pixels = augment(pixels, batch_generator(seed, epoch, position))
+    for position, part in enumerate(parts, start):
+        rows = part.rows.to(dataset.pixels.device)
+        pixels = part.augmented(dataset.pixels[rows], augment, seed, epoch, position)
         yield dataset.normalise(pixels), dataset.labels[rows]
 
 
 def _read(
     dataset: Dataset[Any],
-    indices: list[Tensor],
+    parts: list[_Part],
     augment: Augment | None,
     seed: int,
     epoch: int,
@@ -107,13 +143,13 @@ def _read(
 ) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         _Seeded(dataset, seed, epoch),
-        batch_sampler=[rows.tolist() for rows in indices],
+        batch_sampler=[part.rows.tolist() for part in parts],
         num_workers=workers,
         collate_fn=collate,
         generator=torch.Generator(),  # its own, because a DataLoader otherwise draws from the global one
     )
-    for position, (images, labels) in enumerate(loader, start):
-        yield images if augment is None else augment(images, batch_generator(seed, epoch, position)), labels
+    for position, (part, (images, labels)) in enumerate(zip(parts, loader, strict=True), start):
+        yield part.augmented(images, augment, seed, epoch, position), labels
 
 
 class _Seeded(Dataset[Any]):

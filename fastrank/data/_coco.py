@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fastrank import _checks
 from fastrank.data._annotations import THINNEST, Annotations, read_annotations
-from fastrank.data._batches import batch_generator, batches
+from fastrank.data._batches import batch_generator, batches, rows_of
 
 TASKS = {"detection": "instances", "instances": "instances", "keypoints": "person_keypoints"}
 """What `CocoSet` gives beside boxes, and how COCO's annotation files of it are called."""
@@ -175,10 +175,11 @@ def detection_batches(
     flip: bool = False,
     drop_last: bool = False,
     workers: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[Tensor], list[Target]]]:
     """Lists of images, which differ in size, and of targets; `flip` mirrors each image with probability ½.
 
-    As with `batches`, batch i is a function of (seed, epoch, i) alone.
+    As with `batches`, batch i is a function of (seed, epoch, i) alone, and `part` gives a rank's share of it.
     """
     source: Iterator[Any] = batches(
         dataset,
@@ -190,11 +191,14 @@ def detection_batches(
         drop_last=drop_last,
         workers=workers,
         collate=_lists,
+        part=part,
     )
     mirror = getattr(dataset, "keypoint_mirror", None)
     for position, (images, targets) in enumerate(source, start):
         if flip:
-            draws = torch.randint(0, 2, (len(images),), generator=batch_generator(seed, epoch, position)).tolist()
+            among = min(batch_size, len(dataset) - position * batch_size)  # type: ignore[arg-type]
+            draws = torch.randint(0, 2, (among,), generator=batch_generator(seed, epoch, position)).tolist()
+            draws = draws[rows_of(among, *part)]
             pairs = zip(images, targets, draws, strict=True)
             mixed = [_mirrored(image, target, mirror) if draw else (image, target) for image, target, draw in pairs]
             images, targets = [image for image, _ in mixed], [target for _, target in mixed]

@@ -14,11 +14,13 @@ from fastrank import _checks
 from fastrank.data import _cifar, _coco, _mnist
 from fastrank.data._coco import CocoSet
 from fastrank.data._sets import FolderSet, ImageSet, class_folders
+from fastrank.data._shards import TarSet, shards_of
 
 Root = str | os.PathLike[str] | None
+AnySet = ImageSet | FolderSet | TarSet | CocoSet
 
 
-def load(name: str, *, root: Root = None, split: str = "train", **options: Any) -> ImageSet | FolderSet | CocoSet:
+def load(name: str, *, root: Root = None, split: str = "train", **options: Any) -> AnySet:
     """The data set `name`, split "train" or "test", from files under `root`.
 
     - "digits": scikit-learn's 1,797 handwritten 8×8 digits, embedded in that package (`root` is not used). Options:
@@ -31,6 +33,10 @@ def load(name: str, *, root: Root = None, split: str = "train", **options: Any) 
       default.
     - "imagenet": folders ``train/CLASS/*`` and ``val/CLASS/*`` under `root`; the usual random crop and flip for
       training, the central crop for testing; needs torchvision. Options: ``size=224`` pixels a side.
+    - "webdataset": tar files of images and labels, as WebDataset has them (see `TarSet`): ``train/*.tar`` and
+      ``val/*.tar`` under `root`, or ``*train*.tar`` and ``*val*.tar`` in it; images as with "imagenet", read one by one
+      from where they lie. Options: ``size=224``; ``classes``, by default one more than the largest label;
+      ``index``, a folder that keeps where the images lie for the next time.
     - "coco": objects in images of any size, for detectors (see `CocoSet`); ``annotations/instances_train2017.json`` or
       ``person_keypoints_…`` and the folders ``train2017`` and ``val2017`` under `root`; needs Pillow, and pycocotools
       for masks. Options: ``task="detection"``, "instances" or "keypoints"; ``year=2017``; ``contiguous=True``.
@@ -89,30 +95,43 @@ def _digits(_: Root, split: str, size: int = 8, channels: int = 1, held_out: flo
 def _imagenet(root: Root, split: str, size: int = 224) -> FolderSet:
     if root is None:
         raise _checks.fail("root", "the folder that holds train/ and val/", None)
-    _checks.integer("size", size, 1)
-    try:
-        from torchvision import transforms
-    except ImportError as error:
-        raise ImportError("imagenet needs torchvision, which is absent: pip install 'fastrank[vision]'") from error
-    normalise = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    if split == "train":
-        first = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    else:
-        first = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+    transform = _cropped("imagenet", split, size)
     train, val = Path(root) / "train", Path(root) / "val"
     folder = train if split == "train" else val
     if train.is_dir() and val.is_dir() and class_folders(train) != class_folders(val):
         odd = sorted(set(class_folders(train)) ^ set(class_folders(val)))[0]
         raise _checks.fail("root", "a folder with one set of classes in train/ and val/", f"{root}, {odd} in one only")
-    return FolderSet(folder, transforms.Compose([*first, *normalise]), (3, size, size))
+    return FolderSet(folder, transform, (3, size, size))
 
 
-_LOADERS: dict[str, tuple[Callable[..., ImageSet | FolderSet | CocoSet], tuple[str, ...]]] = {
+def _webdataset(root: Root, split: str, size: int = 224, classes: int | None = None, index: Root = None) -> TarSet:
+    transform, shards = _cropped("webdataset", split, size), shards_of(root, split)
+    kept = None if index is None else Path(index) / f"{split}.index.safetensors"
+    return TarSet(shards, transform, (3, size, size), classes=classes, index=kept)
+
+
+def _cropped(name: str, split: str, size: int) -> Any:
+    """What ImageNet's images go through: a random crop and flip for training, the central crop for testing."""
+    _checks.integer("size", size, 1)
+    try:
+        from torchvision import transforms
+    except ImportError as error:
+        raise ImportError(f"{name} needs torchvision, which is absent: pip install 'fastrank[vision]'") from error
+    normalise = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    if split == "train":
+        first = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    else:
+        first = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+    return transforms.Compose([*first, *normalise])
+
+
+_LOADERS: dict[str, tuple[Callable[..., AnySet], tuple[str, ...]]] = {
     "digits": (_digits, ("size", "channels", "held_out")),
     "mnist": (_mnist.mnist, ("size", "channels", "mean", "std")),
     "cifar10": (_cifar.cifar10, ("mean", "std", "size")),
     "cifar100": (_cifar.cifar100, ("mean", "std", "size")),
     "imagenet": (_imagenet, ("size",)),
+    "webdataset": (_webdataset, ("size", "classes", "index")),
     "coco": (_coco.coco, ("task", "year", "contiguous")),
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)

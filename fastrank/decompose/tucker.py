@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrank import _checks, ops, reference
+from fastrank.decompose import weighted
 from fastrank.decompose.unfold import unfold
 
 # HOOI stops when a sweep adds less than this share of the kernel's energy; it converges in a handful of sweeps.
@@ -33,11 +34,15 @@ def max_ranks(shape: tuple[int, ...]) -> tuple[int, int]:
     return min(in_channels, out_channels * kh * kw), min(out_channels, in_channels * kh * kw)
 
 
-def tucker2(weight: Tensor, ranks: int | tuple[int, int], *, algorithm: str = "hosvd") -> Tucker2:
+def tucker2(
+    weight: Tensor, ranks: int | tuple[int, int], *, algorithm: str = "hosvd", moment: Tensor | None = None
+) -> Tucker2:
     """Tucker-2 of a kernel (O, I, kh, kw) with ranks (R_in, R_out), orthonormal w_inᵀ and w_out.
 
     algorithm: "hosvd" takes the leading singular vectors of the mode-3 and mode-4 unfoldings; "hooi" alternates the two
     projections until the fit stops improving, and is never worse. At full ranks both are exact to rounding.
+    moment: E[x xᵀ] (I·kh·kw, I·kh·kw) of the layer's patches; the outputs on such inputs are then kept nearly as well
+    as this form can, instead of the entries of the kernel, and `algorithm` is not used.
     float16 and bfloat16 are computed in float32. Raises ValueError on ranks outside [1, max_ranks], NaN and Inf.
     """
     _checks.tensor("weight", weight, (None, None, None, None), "(O, I, kh, kw)")
@@ -50,6 +55,9 @@ def tucker2(weight: Tensor, ranks: int | tuple[int, int], *, algorithm: str = "h
     _checks.finite("weight", weight.detach())
     work = reference.linalg.working(weight.detach())
     with reference.linalg.exact_products(work.device):
+        if moment is not None:
+            factors = weighted.tucker2(weight, (rank_in, rank_out), moment)
+            return Tucker2(*(factor.to(weight.dtype).contiguous() for factor in factors))
         u_in = _leading(unfold(work, "mode3"), rank_in)
         u_out = _leading(unfold(work, "mode4"), rank_out)
         if algorithm == "hooi":

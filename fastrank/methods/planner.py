@@ -1,20 +1,25 @@
-"""`make_plan`: ask a method about every convolution, keep what is cheaper, and meet a budget."""
+"""`make_plan`: ask a method about every convolution, keep what is cheaper, and meet a budget.
+
+A budget in multiply-adds or parameters turns a method's own knob, one energy for all layers, as published. Every other
+budget, and every one of the method "auto", is spent on all layers together: see `fastrank.budget`.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastrank import _checks, complexity, convert
-from fastrank.methods import norton, nrmf, trp, vbmf
+from fastrank import _checks, convert
+from fastrank.calibration import Calibration
+from fastrank.methods import _allocated, norton, nrmf, trp, vbmf
 from fastrank.methods._spectra import Candidate, Method, dense
 from fastrank.plan import LayerPlan, Plan
 
-BUDGETS = ("macs", "params")
 # The budget's knob is an energy: after this many halvings it is known to 1e-6.
 BISECTIONS = 20
 
@@ -51,7 +56,14 @@ def make_plan(
     method: str,
     *,
     example_input: Tensor | None = None,
-    budget: dict[str, float] | None = None,
+    budget: dict[str, Any] | None = None,
+    allocation: str | None = None,
+    sensitivity: str | None = None,
+    data: Any = None,
+    images: int = 256,
+    calibration: Calibration | None = None,
+    max_drop: float | None = None,
+    remember: bool = True,
     skip: tuple[str, ...] | list[str] = (),
     **options: Any,
 ) -> Plan:
@@ -62,17 +74,30 @@ def make_plan(
     energy=0.95).
     example_input: a batch for the model; with it a layer is factored only where that takes fewer multiply-adds at its
     real stride and map, without it only where it takes fewer weights.
-    budget: {"macs": share} or {"params": share} of the whole dense model; sets the energy so that the compressed model
-    costs at most that (multiply-adds of convolutions and linear layers), and is an error where no energy does. "macs"
-    needs example_input.
     skip: names of convolutions, or patterns such as "layer1.*", to leave dense; each has to match one.
-    Raises ValueError or TypeError, naming the argument.
+
+    budget: shares of the whole dense model by kind: "latency" (time of the batch `example_input`, measured on the
+    model's device or on the one that the further key "device" names), "macs" (of convolutions and linear layers),
+    "params", "bytes" (of parameters and buffers). "latency" and "macs" need example_input.
+    allocation: "energy" sets one energy for all layers, as the methods were published; for one budget in "macs" or
+    "params", and there the default but for "auto". "global" chooses form and ranks of every layer so that the sum of
+    the layers' errors is least within the budget, of which several kinds may then be asked for at once. Under a latency
+    budget a layer is factored only where that is faster, and the network is measured as a whole.
+    sensitivity, what an error is: "energy" of the kernel; "output", the energy of the layer's outputs on `data`, the
+    default where there are data; "accuracy", the growth of the cross-entropy on `data`, which then needs labels.
+    data: a batch, batches, or a data set, of which `images` images are used. calibration: of `fastrank.calibrate`;
+    errors are then those of decompositions made for it, and `compress` needs it too.
+    max_drop: points of accuracy on `data` that the compressed model may lose at most, before any fine-tuning.
+    remember: keep measured times of layers in the cache folder ($FASTRANK_CACHE), and use those that are there.
+    Raises ValueError or TypeError, naming the argument; for a budget that cannot be met, with the least that can.
     """
     chosen = METHODS[_checks.choice("method", method, METHODS)]
     settings = check_options(method, options)
     found = convert.sites(model)
     check_skip(skip, [site.name for site in found])
     sizes = {} if example_input is None else convert.input_sizes(model, example_input)
+    shares = {} if budget is None else _allocated.shares(budget, example_input)
+    together = bool(shares) and _allocated.is_global(method, shares, allocation)
     candidates: dict[str, Candidate] = {}
     fixed: dict[str, LayerPlan] = {}
     for site in found:
@@ -84,6 +109,20 @@ def make_plan(
         else:
             size = sizes.get(site.name, convert.any_size(site.conv))
             candidates[site.name] = Candidate(site.name, site.conv, site is found[0], size)
+    if together:
+        assert budget is not None
+        if method != "auto":  # what the method would not touch at any rank
+            own = {name: chosen.propose(candidate, chosen.defaults) for name, candidate in candidates.items()}
+            fixed.update({name: layer for name, layer in own.items() if layer.method == "dense"})
+        wish = _allocated.Wish(
+            method, shares, budget, example_input, sensitivity, data, images, calibration, max_drop, remember
+        )
+        convolutions = {name: candidate.conv for name, candidate in candidates.items() if name not in fixed}
+        plan = _allocated.plan(model, convolutions, fixed, wish)
+        return Plan({site.name: plan.layers[site.name] for site in found}, method, plan.options)
+    for name, value in (("sensitivity", sensitivity), ("calibration", calibration), ("max_drop", max_drop)):
+        if value is not None:
+            raise _checks.fail(name, "None without a budget that is allocated globally (allocation='global')", value)
     cost = "params" if example_input is None else "macs"
 
     def layers(settings: dict[str, Any]) -> dict[str, LayerPlan]:
@@ -93,15 +132,12 @@ def make_plan(
             if layer.method != "dense":
                 layer = convert.guarded(candidate.conv, layer, cost, candidate.in_size)
             proposed[name] = layer
-        return {site.name: proposed[site.name] for site in found}
+        return {site.name: replace(proposed[site.name], shape=tuple(site.conv.weight.shape)) for site in found}
 
-    if budget is not None:
-        kind, share = _budget(budget, chosen, method, settings, example_input)
-        if kind == "macs":
-            assert example_input is not None
-            whole = complexity.count(model, tuple(example_input.shape)).macs
-        else:
-            whole = sum(parameter.numel() for parameter in model.parameters())
+    if shares:
+        ((kind, share),) = shares.items()
+        _check_knob(chosen, method, settings, shares)
+        whole = _allocated.whole(model, example_input)[kind]
         settings = _meet(kind, share, whole, chosen, settings, layers, candidates)
     options = {**settings, "guard": cost, **({"budget": budget} if budget else {})}
     return Plan(layers(settings), method, options)
@@ -137,26 +173,20 @@ def skipped(name: str, skip: tuple[str, ...] | list[str]) -> str:
     return f"skip={pattern!r} asks for it" if pattern is not None else ""
 
 
-def _budget(
-    budget: Any, chosen: Method, method: str, settings: dict[str, Any], example_input: Tensor | None
-) -> tuple[str, float]:
-    if not isinstance(budget, dict) or len(budget) != 1:
-        raise _checks.fail("budget", f"a dict with one of the keys {list(BUDGETS)}", budget)
-    ((kind, share),) = budget.items()
-    _checks.choice("budget", kind, BUDGETS)
-    if kind == "macs" and example_input is None:
-        raise _checks.fail("example_input", "given with a budget in multiply-adds", "None")
+def _check_knob(chosen: Method, method: str, settings: dict[str, Any], shares: dict[str, float]) -> None:
+    """One energy for all layers can be set: the method has one, and nothing else decides its ranks."""
     if settings.get("threshold") is not None:
         raise _checks.fail("threshold", "None with a budget, which sets the energy instead", settings["threshold"])
     if chosen.knob is None:
-        raise _checks.fail("budget", f"None for method {method!r}, whose ranks leave nothing to choose", budget)
-    return kind, _checks.number(f"budget[{kind!r}]", share, 0.0, 1.0, open_low=True)
+        more = " by one energy for all layers (allocation='global' chooses a rank for each)"
+        expected = f"None for method {method!r}, whose ranks leave nothing to choose"
+        raise _checks.fail("budget", expected + (more if method in _allocated.FORMS else ""), shares)
 
 
 def _meet(
     kind: str,
     share: float,
-    whole: int,
+    whole: float,
     chosen: Method,
     settings: dict[str, Any],
     layers: Callable[[dict[str, Any]], dict[str, LayerPlan]],

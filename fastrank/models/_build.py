@@ -76,7 +76,8 @@ def build(
             trained, counted from its output. ``frozen_norm=False``: fix batch normalisation in the backbone; for
             backbones that bring trained weights torchvision's recipe is True with 3 trainable layers.
             ``min_size=800``, ``max_size=1333``: pixels that images are resized to; several values of `min_size` are
-            drawn from in training (Keypoint R-CNN: 640 to 800 in steps of 32).
+            drawn from in training (Keypoint R-CNN: 640 to 800 in steps of 32). Of torchvision's GoogLeNet and
+            Inception v3, ``aux_logits=False``: with the auxiliary classifiers, which answer in training mode only.
 
     The result bears `fastrank_origin`, a dict of name, num_classes, rank, compress_rate (a list or None) and the
     options given, that builds it again; a detector over a module bears none where the module has none. Raises
@@ -91,7 +92,7 @@ def build(
     if source == _DETECTION:
         model, origin = detection.build_detector(inner, classes, rank, rates, options)
     else:
-        model, origin = _classifier(name, classes, rank, rates)
+        model, origin = _classifier(name, classes, rank, rates, options)
     if origin is not None:
         model.fastrank_origin = origin  # type: ignore[assignment]
     if path is not None:
@@ -108,7 +109,7 @@ def default_input_size(name: str) -> tuple[int, int, int]:
 
 
 def _classifier(
-    name: str, classes: int | None, rank: int, rates: list[float] | None
+    name: str, classes: int | None, rank: int, rates: list[float] | None, options: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any] | None]:
     """The network and the arguments of `build` that make it again."""
     source, inner = _split(name)
@@ -118,12 +119,13 @@ def _classifier(
                 expected = f"left out for {source} networks (compress them with fastrank.compress)"
                 raise _checks.fail(argument, expected, value)
         classes = 1000 if classes is None else classes
-        model = _external.build_external(source, inner, classes)
+        model = _external.build_external(source, inner, classes, bool(options.get(_external.AUX_LOGITS)))
     else:
         architecture = _ZOO[name]
         classes = architecture.num_classes if classes is None else classes
         model = architecture.make(classes, rank, _full_rates(name, architecture, rates))
-    return model, {"name": name, "num_classes": classes, "rank": rank, "compress_rate": rates}
+    given = {option: value for option, value in options.items() if value is not False}
+    return model, {"name": name, "num_classes": classes, "rank": rank, "compress_rate": rates, **given}
 
 
 def _split(name: Any) -> tuple[str, str]:
@@ -140,11 +142,18 @@ def _split(name: Any) -> tuple[str, str]:
 
 
 def _check_options(name: str, source: str, options: Mapping[str, Any]) -> None:
-    for option in options:
-        if option not in detection.OPTIONS:
-            raise TypeError(f"options of models.build must be among {list(detection.OPTIONS)}, got {option!r}")
+    known = [*detection.OPTIONS, _external.AUX_LOGITS]
+    for option, value in options.items():
+        if option not in known:
+            raise TypeError(f"options of models.build must be among {known}, got {option!r}")
+        if option == _external.AUX_LOGITS:
+            if name not in _external.AUXILIARY:
+                raise _checks.fail(option, f"left out for {name}, which has no auxiliary classifiers", value)
+            if not isinstance(value, bool):
+                raise _checks.fail_type(option, "a bool", value)
+            continue
         if source != _DETECTION:
-            raise _checks.fail(option, f"left out for {name}, which is no detector", options[option])
+            raise _checks.fail(option, f"left out for {name}, which is no detector", value)
 
 
 def _given_rates(compress_rate: Any) -> list[float] | None:

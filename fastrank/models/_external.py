@@ -11,28 +11,29 @@ from torch import nn
 
 SOURCES = ("torchvision", "timm")
 
-# Auxiliary classifiers would make training return tuples; torchvision drops them with its own weights too. Its
-# truncated normal start takes seconds, and these networks normalise their batches.
-_SINGLE_OUTPUT: dict[str, dict[str, Any]] = {
-    "googlenet": {"aux_logits": False, "init_weights": False},
-    "inception_v3": {"aux_logits": False, "init_weights": False},
-}
+AUXILIARY = ("torchvision:googlenet", "torchvision:inception_v3")
+"""Networks with auxiliary classifiers, which `build` leaves out unless it is asked for them by `AUX_LOGITS`."""
+AUX_LOGITS = "aux_logits"
 
 
-def build_external(source: str, name: str, num_classes: int) -> nn.Module:
+def build_external(source: str, name: str, num_classes: int, aux_logits: bool) -> nn.Module:
     """The network `name` of `source` ("torchvision" or "timm"), initialised at random.
 
+    aux_logits: with the auxiliary classifiers, of the networks of `AUXILIARY`.
     Raises ImportError where the package is missing and ValueError for a name that it does not have.
     """
-    return _torchvision(name, num_classes) if source == "torchvision" else _timm(name, num_classes)
+    return _torchvision(name, num_classes, aux_logits) if source == "torchvision" else _timm(name, num_classes)
 
 
-def _torchvision(name: str, num_classes: int) -> nn.Module:
+def _torchvision(name: str, num_classes: int, aux_logits: bool) -> nn.Module:
     models = _import("torchvision.models", f"torchvision:{name}")
     known = models.list_models(module=models)
     if name not in known:
         raise _unknown("torchvision", name, known)
-    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **_SINGLE_OUTPUT.get(name, {}))
+    # Auxiliary classifiers make training return tuples; torchvision drops them with its own weights too. Its truncated
+    # normal start takes seconds, and these networks normalise their batches.
+    options = {AUX_LOGITS: aux_logits, "init_weights": False} if f"torchvision:{name}" in AUXILIARY else {}
+    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastrank.models._build import build
+from fastrank.models._external import AUX_LOGITS, AUXILIARY
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -80,7 +81,10 @@ def _guesses(model: nn.Module) -> Iterator[dict[str, Any]]:
         classes = tuple(state[-1].shape)[:1]
         for name in zoo.list_models(module=zoo):
             if classes and zoo.get_model_builder(name).__module__ == where:
-                yield {"name": f"torchvision:{name}", "num_classes": classes[0], "rank": 0, "compress_rate": None}
+                origin = {"name": f"torchvision:{name}", "num_classes": classes[0], "rank": 0, "compress_rate": None}
+                yield origin
+                if origin["name"] in AUXILIARY:
+                    yield {**origin, AUX_LOGITS: True}
     elif where.startswith("timm.models."):
         config = getattr(model, "pretrained_cfg", None) or {}
         classes_of_timm = getattr(model, "num_classes", None)

@@ -105,18 +105,21 @@ class SVDConv(FusedConv2d):
         return out if x.dim() == 4 else out[0]
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, rank: int, scheme: str = "channel") -> SVDConv:
+    def from_conv(
+        cls, conv: nn.Conv2d, rank: int, scheme: str = "channel", *, moment: Tensor | None = None
+    ) -> SVDConv:
         """The best rank-R form of `conv` in the given scheme, exact at `max_rank`.
+
+        moment: see `decompose.channel_svd`; of no effect on the scheme "decoupled".
 
         Carries what `FusedTucker2Conv.from_conv` carries and refuses the same layers.
         """
         conv = require_factorable(conv)
-        split = {
-            "channel": decompose.channel_svd,
-            "spatial": decompose.spatial_svd,
-            "decoupled": decompose.decoupled_svd,
-        }[_checks.choice("scheme", scheme, SCHEMES)]
-        first, second = split(conv.weight, rank)
+        if _checks.choice("scheme", scheme, SCHEMES) == "decoupled":
+            first, second = decompose.decoupled_svd(conv.weight, rank)
+        else:
+            split = decompose.channel_svd if scheme == "channel" else decompose.spatial_svd
+            first, second = split(conv.weight, rank, moment=moment)
         size = (conv.kernel_size[0], conv.kernel_size[1])
         layer = cls(conv.in_channels, conv.out_channels, size, rank, scheme=scheme, **geometry_of(conv))
         return adopt(layer, conv, first=first, second=second)

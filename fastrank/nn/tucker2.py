@@ -83,15 +83,19 @@ class FusedTucker2Conv(FusedConv2d):
         return out if x.dim() == 4 else out[0]
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, ranks: int | Pair, *, algorithm: str = "hosvd") -> FusedTucker2Conv:
+    def from_conv(
+        cls, conv: nn.Conv2d, ranks: int | Pair, *, algorithm: str = "hosvd", moment: Tensor | None = None
+    ) -> FusedTucker2Conv:
         """The Tucker-2 form of `conv` with ranks (R_in, R_out), exact at `decompose.tucker.max_ranks`.
+
+        algorithm and moment: see `decompose.tucker2`.
 
         Carries geometry, padding_mode, bias, dtype, device, training flag and requires_grad. `conv` must be an
         `nn.Conv2d` itself (a subclass may compute its weight) with groups=1 and finite weights, else TypeError or
         ValueError.
         """
         conv = require_factorable(conv)
-        factors = decompose.tucker2(conv.weight, ranks, algorithm=algorithm)
+        factors = decompose.tucker2(conv.weight, ranks, algorithm=algorithm, moment=moment)
         rank_out, rank_in = factors.core.shape[:2]
         layer = cls(
             conv.in_channels, conv.out_channels, _pair(conv.kernel_size), (rank_in, rank_out), **geometry_of(conv)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastrank import _backends, _checks
 from fastrank.ops import _register
@@ -276,12 +275,12 @@ def register_convolution(
     _register.register(schema, backward_now, fake=backward_fake)
     differentiate_now = getattr(torch.ops.fastrank, f"{name}_backward")
 
-    @register_flop_formula(getattr(torch.ops.fastrank, name))
+    @_register.flop_formula(getattr(torch.ops.fastrank, name))
     def flops(x: Shape, *shapes: Any, out_shape: Shape, **_: object) -> int:
         """Two floating-point operations a multiply-add, of the stages as `sequence` runs them."""
         return 2 * x[0] * sum(macs(*shapes[: len(factors)], x[2:], out_shape[2:]))
 
-    @register_flop_formula(differentiate_now)
+    @_register.flop_formula(differentiate_now)
     def backward_flops(_: Shape, x: Shape, *arguments: Any, out_shape: Any, **__: object) -> int:
         """The same of the gradients that are needed, and of the two maps that are computed again."""
         *shapes, stride, padding, dilation, needs, _ = arguments

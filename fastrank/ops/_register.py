@@ -6,8 +6,12 @@ defined here from the same strings; a test holds the two spellings together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from fastrank import _native
 _native.load("_C")
 _library = torch.library.Library("fastrank", "FRAGMENT")  # type: ignore[no-untyped-call]
 SCHEMAS: dict[str, str] = {}
+FLOP_COUNTER = "torch.utils.flop_counter"
 
 
 def register(
@@ -41,6 +46,52 @@ def register(
     torch.library.register_fake(qualified, fake or implementation, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def flop_formula(operator: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """torch's `register_flop_formula`, put off until somebody imports its module.
+
+    That module imports Triton, which takes as long as all of fastrank does.
+    """
+
+    def decorate(formula: Callable[..., int]) -> Callable[..., int]:
+        _Formulas.found.append((operator, formula))
+        if FLOP_COUNTER in sys.modules:
+            _Formulas.register(sys.modules[FLOP_COUNTER])
+        elif not any(isinstance(finder, _Formulas) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Formulas())
+        return formula
+
+    return decorate
+
+
+class _Formulas(MetaPathFinder):
+    """Formulas that wait for torch's flop counter to be imported."""
+
+    found: ClassVar[list[tuple[Any, Callable[..., int]]]] = []
+
+    @classmethod
+    def register(cls, counter: ModuleType) -> None:
+        """Hand the formulas to the module."""
+        while cls.found:
+            operator, formula = cls.found.pop()
+            counter.register_flop_formula(operator)(formula)
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of the flop counter, with a loader that registers the formulas behind it."""
+        if name != FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                self.register(module)
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
 
 
 def autocasting(x: Tensor) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastrank import _atomic, _checks, complexity, convert, data, io, models, train
+from fastrank import _atomic, _checks, complexity, convert, data, io, models, report, train
+from fastrank._version import __version__
+from fastrank.distributed import Parallel
 from fastrank.methods import make_plan, nrmf, trp
 from fastrank.methods.systems import SYSTEMS, Phase
 from fastrank.plan import Plan
 from fastrank.recipe._parse import Recipe
 from fastrank.regularize import Regularizer
 from fastrank.train import TrainConfig
+
+Logger = Callable[[Path, nn.Module], Callable[[train.EpochRow], object]]
 
 
 def load_data(section: Mapping[str, Any], root: str | None) -> tuple[Any, Any]:
@@ -45,6 +50,8 @@ def run(
     pretrained: str | None = None,
     resume: bool = True,
     progress: bool | None = None,
+    parallel: str | None = None,
+    logger: Logger | None = None,
 ) -> dict[str, Any]:
     """Train, compress and fine-tune as the recipe says; everything lands in the folder `out`.
 
@@ -52,15 +59,27 @@ def run(
     Writes checkpoints under train/, the phases of the compression and finetune/ (a killed run goes on from the newest),
     recipe.json, plan.json, model.safetensors and summary.json, which is also returned. A folder that holds a run of
     another recipe is refused unless `resume` is False. The initial weights come from the training seed.
+    parallel: "ddp" or "fsdp", where all ranks of a process group call this alike; rank 0 writes.
+    logger: called with a folder and the model before each training, gives what is called with every epoch's row, such
+    as `fastrank.integrations.tensorboard.epoch_logger`.
     """
-    return _Run(recipe, Path(out), root, pretrained, resume, progress).all()
+    return _Run(recipe, Path(out), root, pretrained, resume, progress, Parallel(parallel), logger).all()
 
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, out: Path, root: str | None, pretrained: str | None, resume: bool, progress: bool | None
+        self,
+        recipe: Recipe,
+        out: Path,
+        root: str | None,
+        pretrained: str | None,
+        resume: bool,
+        progress: bool | None,
+        ranks: Parallel,
+        logger: Logger | None,
     ) -> None:
-        self.recipe, self.out, self.resume, self.progress = recipe, out, resume, progress
+        self.recipe, self.out, self.resume, self.progress, self.ranks = recipe, out, resume, progress, ranks
+        self.logger = logger
         self.train_set, self.test_set = load_data(recipe.data, root)
         self.example = torch.zeros(1, *self.train_set.shape)
         self.task = "detection" if isinstance(self.test_set, data.CocoSet) else "classification"
@@ -75,16 +94,25 @@ class _Run:
         penalties = regularizers(model, recipe.regularize)
         if recipe.compress is not None and recipe.compress["method"] not in SYSTEMS:
             self.plan(model)  # a wrong option shows before the training
-        _claim(out, recipe, self.resume)
+        if self.ranks.main:
+            _claim(out, recipe, self.resume)
+        self.ranks.wait()
         if recipe.train is not None:
             self.fit(model, recipe.train, penalties, "train")
-        summary: dict[str, Any] = {"model": self.arguments, "data": recipe.data, "dense": self.measure(model)}
+        summary: dict[str, Any] = {
+            "model": self.arguments,
+            "data": recipe.data,
+            "input_size": list(self.train_set.shape),
+            "fastrank": __version__,
+            "machine": {"platform": platform.platform(), "torch": torch.__version__},
+            "dense": self.measure(model),
+        }
         if recipe.experiment:
             summary["experiment"] = recipe.experiment
         if recipe.compress is not None:
             model = self.compressed(model)
             plan = getattr(model, "fastrank_plan", None)
-            if isinstance(plan, Plan):
+            if isinstance(plan, Plan) and self.ranks.main:
                 plan.save(out / "plan.json")
             summary["compressed"] = self.measure(model)
             if recipe.finetune is not None:
@@ -92,8 +120,9 @@ class _Run:
                 summary["finetuned"] = self.measure(model)
             last = summary.get("finetuned", summary["compressed"])
             summary["speed_up"] = summary["dense"]["macs"] / last["macs"]
-        io.save(model, out / "model.safetensors")
-        _atomic.write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        if self.ranks.main:
+            io.save(model, out / "model.safetensors", input_size=self.train_set.shape)
+            _atomic.write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         return summary
 
     def compressed(self, model: nn.Module) -> nn.Module:
@@ -116,7 +145,9 @@ class _Run:
     def plan(self, model: nn.Module) -> Plan:
         assert self.recipe.compress is not None
         options = {key: value for key, value in self.recipe.compress.items() if key not in ("donor", "method")}
-        return make_plan(model, self.recipe.compress["method"], example_input=self.example, **options)
+        made = make_plan(model, self.recipe.compress["method"], example_input=self.example, **options)
+        # Measured times differ from rank to rank: one plan counts.
+        return Plan.from_json(self.ranks.decide(made.to_json()))
 
     def phase(self, config: TrainConfig) -> Phase:
         return lambda model, penalties, label: self.fit(model, config, penalties, label)
@@ -133,12 +164,28 @@ class _Run:
             label=label,
             progress=self.progress,
             task=self.task,
+            parallel=self.ranks.kind,
+            on_epoch=self.recorder(model, label),
         )
+
+    def recorder(self, model: nn.Module, label: str) -> Callable[[train.EpochRow], object] | None:
+        """What keeps the spectra of every epoch, and shows them; none for sharded networks, of which rank 0, which
+        alone is called, holds only a part."""
+        if self.ranks.kind == "fsdp" or not self.ranks.main:
+            return None
+        recorder = report.Recorder(model, self.out / label, resume=self.resume)
+        if self.logger is None:
+            return recorder
+        log = self.logger(self.out / "tensorboard" / label, model)
+        return lambda row: (recorder(row), log(row))
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
         cost = complexity.count(model, self.test_set.shape)
-        test = train.evaluate if self.task == "classification" else train.evaluate_detection
-        return {**asdict(test(model, self.test_set)), "macs": cost.macs, "params": cost.params}
+        if self.task == "classification":
+            found: Any = train.evaluate(model, self.test_set, parallel=self.ranks)
+        else:
+            found = train.evaluate_detection(model, self.test_set)
+        return {**asdict(found), "macs": cost.macs, "params": cost.params}
 
 
 def build(arguments: Mapping[str, Any], seed: int) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastrank import _checks
 from fastrank.report._plots import COLOURS, figure_of, tidy, write
 from fastrank.report._text import table, thousands
+from fastrank.report._trajectory import FILE, Trajectory, read_trajectory
 
 # The file and the metadata key that a training run keeps its state under.
 _CHECKPOINT, _KEY = "checkpoint.safetensors", "fastrank.checkpoint"
@@ -32,23 +33,28 @@ class Run:
     summary: its summary.json, empty where there is none yet. stages: of the summary, each network that was measured, by
     the name of its stage. history: the epochs of each training, by the name of its folder, the oldest training first.
     gates: the gates of the last training that had any, by kind ("gate_in", "gate_core", ...), all layers together.
+    trajectories: what a `Recorder` wrote of each training, by the name of its folder.
     """
 
     summary: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     history: dict[str, list[Row]]
     gates: dict[str, Tensor]
+    trajectories: dict[str, Trajectory] = field(default_factory=dict)
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Read the folder of a run, finished or not.
 
-    Raises FileNotFoundError where it holds neither a summary nor a checkpoint, ValueError for damaged files.
+    Raises FileNotFoundError where it holds neither a summary nor a checkpoint nor a trajectory, ValueError for damaged
+    files.
     """
     folder = Path(folder)
     record = folder / "summary.json"
-    checkpoints = sorted(folder.rglob(_CHECKPOINT), key=lambda path: (path.stat().st_mtime, path))
-    if not record.is_file() and not checkpoints:
+    checkpoints, recorded = (
+        sorted(folder.rglob(name), key=lambda path: (path.stat().st_mtime, path)) for name in (_CHECKPOINT, FILE)
+    )
+    if not record.is_file() and not checkpoints and not recorded:
         wanted = "the folder of a run, which holds a summary.json or checkpoints"
         raise FileNotFoundError(f"run must be {wanted}, got {folder}, which has neither")
     summary: Any = {}
@@ -65,7 +71,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         rows, found = _checkpoint(path)
         history[str(path.parent.relative_to(folder))] = rows
         gates = found or gates
-    return Run(summary, stages_of(summary), history, gates)
+    trajectories = {str(path.parent.relative_to(folder)): read_trajectory(path) for path in recorded}
+    return Run(summary, stages_of(summary), history, gates, trajectories)
 
 
 def stages_of(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The state of a training run as one safetensors file: written whole, and refused where it belongs to another run."""
+"""The state of a training run, and it as one safetensors file: written whole, refused where it is another run's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from fastrank import _atomic, _checks, _files
+from fastrank import _checks, _files
+from fastrank.data._batches import batch_generator
+from fastrank.distributed import ALONE, Parallel
+from fastrank.distributed._parallel import placed_as
 from fastrank.regularize.base import Regularizer
 from fastrank.train._optimizer import state_names
 from fastrank.train._progress import EpochRow
@@ -55,31 +57,29 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     history: list[EpochRow] = field(default_factory=list)
+    parallel: Parallel = ALONE
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimizer moves, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
-def prepare(path: Path) -> Path:
-    """`path`, in a folder that exists and is free of what killed writers left."""
-    if path.parent.exists() and not path.parent.is_dir():
-        raise _checks.fail("run_dir", "a folder", path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _atomic.remove_leftovers(path)
-    return path
-
-
 def save(path: FileName, run: Run) -> None:
     """Write `run` and the state of torch's random number generators to `path`, atomically."""
-    tensors = {MODEL + name: tensor for name, tensor in _model_state(run.model).items()}
+    tensors, header = contents(run)
+    _files.save_tensors(path, tensors, {KEY: json.dumps(header)})
+
+
+def contents(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that `restore` needs: tensors by name, sharded ones as they are, and the rest, which is JSON."""
+    tensors = {MODEL + name: tensor for name, tensor in model_state(run.model).items()}
     for name, parameter in run.trained().items():
         for key, tensor in run.optimizer.state.get(parameter, {}).items():
             if key in state_names(run.optimizer) and tensor is not None:
                 tensors[STATE[key] + name] = tensor
-    tensors["random/cpu"] = torch.get_rng_state()
+    tensors[random_key("cpu", run)] = torch.get_rng_state()
     if run.device.type == "cuda":
-        tensors["random/cuda"] = torch.cuda.get_rng_state(run.device)
+        tensors[random_key("cuda", run)] = torch.cuda.get_rng_state(run.device)
     tensors["totals"] = run.totals
     states = [regularizer.state_dict() for regularizer in run.regularizers]
     header = {
@@ -92,7 +92,12 @@ def save(path: FileName, run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "regularizers": _pack("regularizers", states, tensors),
     }
-    _files.save_tensors(path, tensors, {KEY: json.dumps(header)})
+    return tensors, header
+
+
+def random_key(device: str, run: Run) -> str:
+    """The name under which this rank's random numbers are kept; rank 0 has those that one process would have."""
+    return f"random/{device}" + (f"/{run.parallel.rank}" if run.parallel.rank else "")
 
 
 def restore(path: FileName, run: Run) -> None:
@@ -102,45 +107,61 @@ def restore(path: FileName, run: Run) -> None:
     with another identity or another model.
     """
     tensors, metadata = _files.load_tensors(path)
-    header = _header(path, metadata)
-    kept = _group(tensors, MODEL)
-    moments = {key: _group(tensors, STATE[key]) for key in state_names(run.optimizer)}
-    _require_same(path, header, kept, run)
-    _require_whole(path, header, tensors, moments, run)
-    states = _unpack(header["regularizers"], tensors)
+    if KEY not in metadata:
+        raise _checks.fail("run_dir", "a folder whose checkpoint is one of a training run", f"{path} of another kind")
+    header = parsed(path, metadata[KEY])
+    require(path, header, tensors, run)
+    take(header, tensors, run)
 
-    run.model.load_state_dict(kept)
+
+def require(path: FileName, header: dict[str, Any], tensors: Mapping[str, Tensor], run: Run) -> None:
+    """Raise ValueError where the checkpoint is damaged or another run's; of the tensors only sizes and dtypes count."""
+    _require_same(path, header, group(tensors, MODEL), run)
+    _require_whole(path, header, tensors, moments_in(tensors, run), run)
+
+
+def moments_in(tensors: Mapping[str, Tensor], run: Run) -> dict[str, dict[str, Tensor]]:
+    """What the optimizer remembers: its name for it -> parameter -> tensor."""
+    return {key: group(tensors, STATE[key]) for key in state_names(run.optimizer)}
+
+
+def take(header: dict[str, Any], tensors: Mapping[str, Tensor], run: Run) -> None:
+    """Put into `run` what a checkpoint held; whole tensors are cut where the run has sharded ones."""
+    moments, states = moments_in(tensors, run), _unpack(header["regularizers"], tensors)
+    run.model.load_state_dict(placed_as(model_state(run.model), group(tensors, MODEL)))
     trained = run.trained()
-    for key, group in moments.items():
-        for name, tensor in group.items():
+    for key, found in moments.items():
+        for name, tensor in (found if key == "step" else placed_as(trained, found)).items():
             own = tensor if key == "step" else torch.empty_like(trained[name]).copy_(tensor)
             run.optimizer.state[trained[name]][key] = own
     if header["scaler"]:
         run.scaler.load_state_dict(header["scaler"])
     for regularizer, state in zip(run.regularizers, states, strict=True):
         regularizer.load_state_dict(state)
-    torch.set_rng_state(tensors["random/cpu"])
-    if run.device.type == "cuda" and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"], run.device)
+    if random_key("cpu", run) in tensors:
+        torch.set_rng_state(tensors[random_key("cpu", run)])
+    else:  # a rank that was not there: numbers of its own, which no one has drawn yet
+        fresh = batch_generator(run.identity["seed"], run.parallel.rank, header["step"])
+        torch.default_generator.manual_seed(fresh.initial_seed())
+    if run.device.type == "cuda" and random_key("cuda", run) in tensors:
+        torch.cuda.set_rng_state(tensors[random_key("cuda", run)], run.device)
     run.totals = tensors["totals"].to(run.device)
     run.step, run.seconds = header["step"], header["seconds"]
     run.history = [EpochRow(**row) for row in header["history"]]
 
 
-def _header(path: FileName, metadata: Mapping[str, str]) -> dict[str, Any]:
+def parsed(path: FileName, text: str) -> dict[str, Any]:
     """The header, with its format and the types of its parts checked."""
-    if KEY not in metadata:
-        raise _checks.fail("run_dir", "a folder whose checkpoint is one of a training run", f"{path} of another kind")
     try:
-        header: Any = json.loads(metadata[KEY])
+        header: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _broken(path, "header") from error
+        raise broken(path, "header") from error
     version = header.get("format") if isinstance(header, dict) else None
     if version != FORMAT:
         raise _mismatch(path, "format", version, FORMAT)
     for name, kind in PARTS.items():
         if not isinstance(header.get(name), kind):
-            raise _broken(path, name)
+            raise broken(path, name)
     return cast("dict[str, Any]", header)
 
 
@@ -149,7 +170,7 @@ def _require_same(path: FileName, header: Mapping[str, Any], kept: Mapping[str, 
     for name, want in json.loads(json.dumps(run.identity)).items():
         if header["identity"].get(name) != want:
             raise _mismatch(path, name, header["identity"].get(name), want)
-    current = _model_state(run.model)
+    current = model_state(run.model)
     for name in [*current, *kept]:
         if _describe(kept.get(name)) != _describe(current.get(name)):
             raise _mismatch(path, f"model tensor {name}", _describe(kept.get(name)), _describe(current.get(name)))
@@ -179,20 +200,20 @@ def _require_whole(
     }
     for name, good in whole.items():
         if not good:
-            raise _broken(path, name)
+            raise broken(path, name)
 
 
 def _belong(moments: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Tensor]) -> bool:
     """Whether every parameter that has one of the optimizer's tensors is trained and has them all, in its shape."""
     first = next(iter(moments.values()))
-    return all(group.keys() == first.keys() <= trained.keys() for group in moments.values()) and all(
+    return all(found.keys() == first.keys() <= trained.keys() for found in moments.values()) and all(
         _describe(tensor) in (SCALARS if key == "step" else [_describe(trained[name])])
-        for key, group in moments.items()
-        for name, tensor in group.items()
+        for key, found in moments.items()
+        for name, tensor in found.items()
     )
 
 
-def _broken(path: FileName, part: str) -> ValueError:
+def broken(path: FileName, part: str) -> ValueError:
     return _checks.fail("run_dir", "a folder whose checkpoint is whole", f"{path}, unusable in its part {part!r}")
 
 
@@ -203,7 +224,7 @@ def _mismatch(path: FileName, name: str, got: object, want: object) -> ValueErro
     )
 
 
-def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -211,7 +232,7 @@ def _describe(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Any] = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):

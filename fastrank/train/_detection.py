@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from fastrank import _checks
 from fastrank.data import CocoSet, ImageSet, detection_batches
+from fastrank.distributed import ALONE, Parallel
 from fastrank.train._config import TrainConfig
 from fastrank.train._evaluate import flags_restored, ready, resolve_device
 from fastrank.train._task import Outcome, Task
@@ -90,7 +91,14 @@ class Detection(Task):
         return ready(name, data, device)
 
     def batches(
-        self, data: Dataset[Any], config: TrainConfig, device: torch.device, epoch: int, start: int, drop_last: bool
+        self,
+        data: Dataset[Any],
+        config: TrainConfig,
+        device: torch.device,
+        epoch: int,
+        start: int,
+        drop_last: bool,
+        parallel: Parallel = ALONE,
     ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
         """Lists of images and of targets, shuffled and mirrored."""
         source = detection_batches(
@@ -103,6 +111,7 @@ class Detection(Task):
             flip=config.flip,
             drop_last=drop_last,
             workers=config.workers,
+            part=parallel.part,
         )
         for images, targets in source:
             there = [{key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
@@ -126,8 +135,10 @@ class Detection(Task):
         loss = torch.stack([value.float() for value in losses.values()]).sum()
         return Outcome(loss, torch.zeros_like(loss.detach()), len(images))
 
-    def test(self, model: nn.Module, data: Dataset[Any], config: TrainConfig) -> Mapping[str, Any]:
-        """The columns of the published tables, as the row's metrics."""
+    def test(
+        self, model: nn.Module, data: Dataset[Any], config: TrainConfig, parallel: Parallel = ALONE
+    ) -> Mapping[str, Any]:
+        """The columns of the published tables, as the row's metrics; every rank looks at all images."""
         found = evaluate_detection(model, data, config.batch_size, workers=config.workers)
         return {"metrics": found.metrics()}
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from fastrank import _checks
 from fastrank.data import ImageSet, batches
+from fastrank.distributed import ALONE, Parallel
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,35 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, data: Dataset[Any], batch_size: int = 256, device: str | None = None, *, workers: int = 0
+    model: nn.Module,
+    data: Dataset[Any],
+    batch_size: int = 256,
+    device: str | None = None,
+    *,
+    workers: int = 0,
+    parallel: Parallel = ALONE,
 ) -> Evaluation:
     """Accuracy and loss of a classifier in evaluation mode, without gradients; every training flag is restored.
 
-    device: by default the model's; otherwise the model is moved there. Raises ValueError on empty data.
+    device: by default the model's; otherwise the model is moved there. parallel: the ranks that look at a part each,
+    all with the same model, and all get the result. Raises ValueError on empty data.
     """
     where = resolve_device(device, model)
     data = ready("data", data, where)
-    model.to(where)
+    if device is not None:
+        model.to(where)
+    done = 0
     totals = torch.zeros(3, dtype=torch.float64, device=where)
     with flags_restored(model), torch.no_grad():
         model.eval()
-        for images, labels in batches(data, batch_size, workers=workers):
+        for images, labels in batches(data, batch_size, workers=workers, part=parallel.part):
             labels = labels.to(where)
             logits = checked_logits(model(images.to(where)), labels, data)
+            own = parallel.images(min(batch_size, length(data) - done))
+            logits, labels, done = logits[:own], labels[:own], done + batch_size
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             totals += torch.stack([best[:, 0].sum(), best.sum(), F.cross_entropy(logits, labels, reduction="sum")])
-    top1, top5, loss = (total / length(data) for total in totals.tolist())
+    top1, top5, loss = (total / length(data) for total in parallel.sum(totals).tolist())
     return Evaluation(100 * top1, 100 * top5, loss, length(data))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,14 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import Dataset
 
+from fastrank import _checks
+from fastrank.distributed import Parallel
+from fastrank.distributed._parallel import local
 from fastrank.regularize.base import Regularizer
 from fastrank.train import _checkpoint, _optimizer, _progress
 from fastrank.train._config import TrainConfig
 from fastrank.train._evaluate import length
+from fastrank.train._place import Place
 from fastrank.train._progress import EpochRow
 from fastrank.train._task import Task
 
@@ -27,11 +30,16 @@ MAX_SKIPPED = 40
 
 
 class Loop:
-    """A run with what it needs besides its state. The totals of an epoch: Σ loss, right answers, images."""
+    """A run with what it needs besides its state. The totals of an epoch: Σ loss, right answers, images of all ranks.
+
+    model is what is evaluated and kept, called what training calls: the same module, or one wrapped around it.
+    """
 
     def __init__(
         self,
         model: nn.Module,
+        called: nn.Module,
+        parallel: Parallel,
         train: Dataset[Any],
         test: Dataset[Any] | None,
         config: TrainConfig,
@@ -40,11 +48,11 @@ class Loop:
         device: torch.device,
         task: Task,
     ) -> None:
-        self.task = task
+        self.task, self.called, self.parallel = task, called, parallel
         self.model, self.train, self.test, self.config, self.label = model, train, test, config, label
-        self.path: Path | None = None
+        self.place: Place | None = None
         self.reporter: _progress.Reporter
-        images = length(train)
+        self.images = images = length(train)
         self.drop_last = task.refuses_one_image and images > config.batch_size and images % config.batch_size == 1
         self.steps = -(-(images - self.drop_last) // config.batch_size)
         self.look_every = LOOK_EVERY.get(device.type, 1)
@@ -52,7 +60,9 @@ class Loop:
         amp = ("fp16" if device.type == "cuda" else "bf16") if config.amp is True else config.amp
         self.dtype = half[amp] if amp else None
         self.stepped, self.skipped = True, 0
-        self.bad_step = torch.tensor(-1, device=device)
+        self.bad_step, self.bad_rank = torch.tensor(-1, device=device), torch.tensor(-1, device=device)
+        if parallel.kind == "fsdp" and self.dtype == torch.float16:
+            raise _checks.fail("amp", "False or 'bf16' where parallel is 'fsdp'", "'fp16'")
         self.run = _checkpoint.Run(
             model=model,
             optimizer=_optimizer.make(model, config),
@@ -61,6 +71,7 @@ class Loop:
             device=device,
             identity={**config.identity(), "task": task.name, "train_data length": images, **_settings(regularizers)},
             totals=torch.zeros(3, dtype=torch.float64, device=device),
+            parallel=parallel,
         )
         self.run.optimizer.register_step_post_hook(lambda *_: setattr(self, "stepped", True))
         for regularizer in regularizers:
@@ -74,14 +85,17 @@ class Loop:
         for regularizer in run.regularizers:
             regularizer.start_epoch(number)
         start = run.step - number * self.steps
-        for batch in self.task.batches(self.train, config, run.device, number, start, self.drop_last):
+        ranks = {} if self.parallel.world == 1 else {"parallel": self.parallel}
+        for batch in self.task.batches(self.train, config, run.device, number, start, self.drop_last, **ranks):
             self.step(batch)
             run.seconds = time.monotonic() - started
             if config.checkpoint_steps and run.step % config.checkpoint_steps == 0:
                 self.save()
         loss, accuracy = self.look()
+        self.settle()
         penalty = sum((float(regularizer.value()) for regularizer in run.regularizers), 0.0)
-        tested = {} if self.test is None else self.task.test(self.model, self.test, config)
+        tested = {} if self.test is None else self.task.test(self.model, self.test, config, **ranks)
+        self.parallel.reshard(self.model)
         row = EpochRow(
             epoch=number + 1,
             loss=loss,
@@ -94,7 +108,7 @@ class Loop:
         run.history.append(row)
         run.totals.zero_()
         run.seconds = 0.0
-        if on_epoch is not None:
+        if on_epoch is not None and self.parallel.main:
             on_epoch(row)
         if row.epoch % config.checkpoint_every == 0 or row.epoch == config.epochs:
             self.save()
@@ -105,10 +119,19 @@ class Loop:
         run = self.run
         run.optimizer.zero_grad(set_to_none=True)
         autocast = torch.autocast(run.device.type, self.dtype, enabled=self.dtype is not None)
-        loss, right, images = self.task.outcome(self.model, batch, self.train, self.config, autocast)
+        whole = self.batch_images()
+        own = self.parallel.images(whole)
+        self.parallel.counted.here = own > 0
+        loss, right, images = self.task.outcome(self.called, batch, self.train, self.config, autocast)
+        if self.parallel.world > 1:
+            images, right = own, right if own else torch.zeros_like(right)
         finite = torch.isfinite(loss.detach())
         seen = torch.full_like(finite, images, dtype=torch.float64)
-        run.totals += torch.where(finite, torch.stack([loss.detach() * images, right, seen]), 0)
+        found = torch.where(finite, torch.stack([loss.detach() * images, right, seen]), 0)
+        if self.parallel.world > 1:
+            found, finite = self.over_ranks(found, finite)
+            loss = loss * (own * self.parallel.world / whole)
+        run.totals += found
         if not run.scaler.is_enabled():
             self.note(finite)
         if run.step % self.look_every == 0:
@@ -130,15 +153,34 @@ class Loop:
             group["lr"] = config.lr_at(run.step, self.steps) * group["share"]
         torch.autograd.backward(run.scaler.scale(loss))
         run.scaler.unscale_(run.optimizer)
+        self.parallel.reduce_whole(run.trained().values())
         for regularizer in run.regularizers:
             regularizer.add_gradients()
         if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(run.trained().values(), config.clip_norm)
+            self.parallel.clip(run.trained().values(), config.clip_norm)
         self.stepped = False
         run.scaler.step(run.optimizer)
         for regularizer in run.regularizers:
             regularizer.after_step(stepped=self.stepped)
         run.scaler.update()
+
+    def batch_images(self) -> int:
+        """The images of the batch of the current step, over all ranks."""
+        position = self.run.step - len(self.run.history) * self.steps
+        return min(self.config.batch_size, self.images - position * self.config.batch_size)
+
+    def over_ranks(self, found: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of all ranks, zero where the loss of one is not finite, and whether all are; notes which one."""
+        bad = (~finite).double()
+        sums = self.parallel.sum(torch.cat([found, torch.stack([bad, bad * (self.parallel.rank + 1)])]))
+        finite = sums[3] == 0
+        alone = torch.where(sums[3] == 1, sums[4] - 1, -1).to(self.bad_rank.dtype)
+        self.bad_rank = torch.where((self.bad_step < 0) & ~finite, alone, self.bad_rank)
+        return torch.where(finite, sums[:3], 0), finite
+
+    def settle(self) -> None:
+        """Have all ranks hold the same buffers: without synchronised statistics, those of rank 0."""
+        self.parallel.agree(self.model.buffers())
 
     def note(self, good: Tensor) -> None:
         """Remember the current step as the first bad one, without waiting for the device."""
@@ -149,6 +191,8 @@ class Loop:
         bad = int(self.bad_step)
         if bad >= 0:
             where = f"step {bad % self.steps + 1} of epoch {bad // self.steps + 1}"
+            if int(self.bad_rank) >= 0:
+                where += f" on rank {int(self.bad_rank)}"
             raise self.diverged(f"loss or gradients were not finite at {where}")
         loss, right, seen = self.run.totals.tolist()
         mean, share = (loss / seen, 100 * right / seen) if seen else (float("inf"), 0.0)
@@ -158,17 +202,21 @@ class Loop:
 
     def save(self) -> None:
         """Write the checkpoint, where there is a place for one, unless the run has diverged."""
-        if self.path is None:
+        if self.place is None:
             return
         if self.run.step:
             self.look()
-        for name, parameter in self.run.trained().items():
-            if not bool(torch.isfinite(parameter).all()):
-                raise self.diverged(f"{name} was not finite after step {self.run.step}")
-        _checkpoint.save(self.path, self.run)
+        trained = self.run.trained()
+        bad = (n for n, p in enumerate(trained.values()) if not bool(torch.isfinite(local(p)).all()))
+        first = self.parallel.lowest(next(bad, len(trained)), self.run.device)
+        if first < len(trained):
+            raise self.diverged(f"{list(trained)[first]} was not finite after step {self.run.step}")
+        self.settle()
+        self.place.save(self.run)
 
     def diverged(self, what: str) -> RuntimeError:
-        kept = f"; the last checkpoint, {self.path}, is kept" if self.path is not None and self.path.exists() else ""
+        path = None if self.place is None else self.place.newest()
+        kept = f"; the last checkpoint, {path}, is kept" if path is not None else ""
         return RuntimeError(f"{self.label} diverged: {what}; try a lower lr or clip_norm{kept}")
 
 

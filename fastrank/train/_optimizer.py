@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastrank import _checks
+from fastrank.regularize._kernels import is_sharded
 from fastrank.train._config import TrainConfig
 
 
@@ -25,13 +26,14 @@ def make(model: nn.Module, config: TrainConfig) -> Optimizer:
         if not any(fnmatchcase(name, pattern) for name in trained):
             got = f"{pattern!r}{_checks.near(pattern, trained)}"
             raise _checks.fail("lr_for", "names or patterns of trained parameters of the model", got)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # Sharded and whole parameters do not go together in one call of an optimizer.
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         decay = config.weight_decay if config.decay_norm_and_bias or parameter.dim() >= 2 else 0.0
-        groups.setdefault((config.peak_lr(name), decay), []).append(parameter)
+        groups.setdefault((config.peak_lr(name), decay, is_sharded(parameter)), []).append(parameter)
     options = [
         {"params": parameters, "lr": peak, "share": peak / config.lr, "weight_decay": decay}
-        for (peak, decay), parameters in groups.items()
+        for (peak, decay, _), parameters in groups.items()
     ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +47,35 @@ class Reporter(Protocol):
 @contextmanager
 def reporting(label: str, epochs: int, steps_per_epoch: int, done: int, progress: bool | None) -> Iterator[Reporter]:
     """A reporter for a run of which `done` steps lie behind; `progress=False` gives one that says nothing."""
+    bar = None if progress is False else _bar()
     if progress is False:
         yield _Silent()
-    elif sys.stderr.isatty() and not (console := Console(stderr=True)).is_dumb_terminal:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
-        )
-        with Progress(*columns, console=console) as bar:
+    elif bar is not None:
+        with bar:
             yield _Bar(bar, label, epochs, steps_per_epoch, done)
     else:
         yield _Lines(label, epochs, done / max(steps_per_epoch, 1))
+
+
+def _bar() -> Progress | None:
+    """A bar on standard error, None where that is no terminal that can show one."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if console.is_dumb_terminal:
+        return None
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+    )
+    return Progress(*columns, console=console)
 
 
 def summary(row: EpochRow) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastrank.data import Augment, batches
+from fastrank.distributed import ALONE, Parallel
 from fastrank.train._config import TrainConfig
 from fastrank.train._evaluate import checked_logits, evaluate, ready
 
@@ -30,7 +31,8 @@ class Task(ABC):
     """What the training loop does not know by itself.
 
     Batches must be functions of (config.seed, epoch, position) alone, and everything random in `outcome` must come from
-    torch's global generators: then a run resumes bit for bit.
+    torch's global generators: then a run resumes bit for bit. `batches` and `test` are told of `parallel` only where
+    several ranks train together.
     """
 
     name: str
@@ -49,9 +51,16 @@ class Task(ABC):
 
     @abstractmethod
     def batches(
-        self, data: Dataset[Any], config: TrainConfig, device: torch.device, epoch: int, start: int, drop_last: bool
+        self,
+        data: Dataset[Any],
+        config: TrainConfig,
+        device: torch.device,
+        epoch: int,
+        start: int,
+        drop_last: bool,
+        parallel: Parallel = ALONE,
     ) -> Iterator[Any]:
-        """The training batches of one epoch on `device`, from batch number `start` on."""
+        """The training batches of one epoch on `device`, from batch number `start` on; of each a rank's own part."""
 
     @abstractmethod
     def outcome(
@@ -65,7 +74,9 @@ class Task(ABC):
         """Forward and loss of one batch; `autocast` is entered around what may run in half precision."""
 
     @abstractmethod
-    def test(self, model: nn.Module, data: Dataset[Any], config: TrainConfig) -> Mapping[str, Any]:
+    def test(
+        self, model: nn.Module, data: Dataset[Any], config: TrainConfig, parallel: Parallel = ALONE
+    ) -> Mapping[str, Any]:
         """The fields of an `EpochRow` that testing fills: test_top1 and test_top5, or metrics."""
 
 
@@ -80,7 +91,14 @@ class Classification(Task):
         """Every configuration is one of classification."""
 
     def batches(
-        self, data: Dataset[Any], config: TrainConfig, device: torch.device, epoch: int, start: int, drop_last: bool
+        self,
+        data: Dataset[Any],
+        config: TrainConfig,
+        device: torch.device,
+        epoch: int,
+        start: int,
+        drop_last: bool,
+        parallel: Parallel = ALONE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, C, H, W) and labels (B,), shuffled and augmented."""
         source = batches(
@@ -93,6 +111,7 @@ class Classification(Task):
             augment=Augment(config.shift, config.flip) if config.shift or config.flip else None,
             drop_last=drop_last,
             workers=config.workers,
+            part=parallel.part,
         )
         for images, labels in source:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -113,7 +132,9 @@ class Classification(Task):
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         return Outcome(loss, (logits.detach().argmax(1) == labels).sum(), len(labels))
 
-    def test(self, model: nn.Module, data: Dataset[Any], config: TrainConfig) -> Mapping[str, Any]:
-        """Accuracies among one and among five classes, in percent."""
-        found = evaluate(model, data, workers=config.workers)
+    def test(
+        self, model: nn.Module, data: Dataset[Any], config: TrainConfig, parallel: Parallel = ALONE
+    ) -> Mapping[str, Any]:
+        """Accuracies among one and among five classes, in percent; each rank looks at a part of the images."""
+        found = evaluate(model, data, workers=config.workers, parallel=parallel)
         return {"test_top1": found.top1, "test_top5": found.top5}
