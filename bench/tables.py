@@ -3,7 +3,7 @@
 README.md: the demo's table comes from bench/results/demo-cpu.json (a summary.json of `make demo`), the state of every
 operator from its registered backends, the shipped tables of times and the GPU results under bench/results.
 docs/api.md: the public names. docs/recipes.md: the recipe files. docs/accuracy.md: bench/results/accuracy-cpu.json
-(of bench/accuracy.py).
+(of bench/accuracy.py). docs/plans.md: bench/results/plans-cpu.json (of bench/plans.py).
 docs/kernels/tucker2.md: what the plan predicts, where `fastrank._host` is built; the goals, and what was measured of
 them in the newest bench/results/gpu* folder that holds such a run. docs/networks.md: bench/results/norton-cpu.json (of
 bench/norton.py), and the newest such folder with NORTON's networks.
@@ -23,6 +23,7 @@ import api_page
 import dispatch
 import goals
 import norton_page
+import plans
 import polar_accuracy
 import tucker2_model
 from studies import pages
@@ -167,6 +168,10 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "networks": lambda: norton_page.classifiers(result("norton-cpu.json")),
         "networks-gpu": lambda: norton_page.classifiers_on_gpu(gpu_results("norton")),
         "detector": lambda: norton_page.detector(result("norton-cpu.json"), gpu_results("norton")),
+    },
+    "docs/plans.md": {
+        "latency": lambda: plans.latency_table(result("plans-cpu.json")),
+        "calibration": lambda: plans.accuracy_table(result("plans-cpu.json")),
     },
     "docs/accuracy.md": {
         name: lambda make=make: make(result("accuracy-cpu.json")) for name, make in pages.TABLES.items()

@@ -15,14 +15,15 @@ from torch import nn
 import fastrank
 
 TOLERANCE = 1e-4
-BUDGET = {"macs": 0.5}
+BUDGET = {"latency": 0.5}
+SIZE = (192, 192)
 
 ELSEWHERE = """
 import sys, torch, fastrank
 from fastrank import export
 model = fastrank.load(sys.argv[1])
 images = torch.load(sys.argv[2])
-assert model.fastrank_input_size == (3, 64, 64)
+assert model.fastrank_input_size == (3, 192, 192)
 with torch.no_grad():
     torch.save(model(images), sys.argv[3])
 export.onnx(model, sys.argv[4], images[:1])
@@ -32,12 +33,11 @@ export.onnx(model, sys.argv[4], images[:1])
 @pytest.mark.slow
 def test_a_torchvision_network_is_planned_compressed_tuned_saved_loaded_and_exported(tmp_path):
     torch.manual_seed(0)
-    images, labels = randn(2, 3, 64, 64), torch.arange(2)
+    images, labels = randn(2, 3, *SIZE), torch.arange(2)
     dense = torchvision.models.resnet18(num_classes=10)
-    plan = fastrank.make_plan(dense, "auto", example_input=images[:1], budget=BUDGET)
+    plan = fastrank.make_plan(dense, "auto", example_input=images, budget=BUDGET, remember=False)
+    assert plan.options["measured"]["latency"] <= 0.5
     model = fastrank.compress(dense, plan)
-    counts = [fastrank.complexity.count(network, (3, 64, 64)).macs for network in (model, dense)]
-    assert counts[0] <= 0.5 * counts[1]
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -51,7 +51,7 @@ def test_a_torchvision_network_is_planned_compressed_tuned_saved_loaded_and_expo
     scale = float(wanted.abs().max())
 
     files = {name: tmp_path / name for name in ("m.safetensors", "images", "outputs", "m.onnx")}
-    fastrank.save(model, files["m.safetensors"], input_size=(3, 64, 64))
+    fastrank.save(model, files["m.safetensors"], input_size=(3, 192, 192))
     torch.save(images, files["images"])
     command = [sys.executable, "-c", ELSEWHERE, *map(str, files.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -88,6 +88,19 @@ def test_a_run_is_read_in_the_order_of_its_trainings(tmp_path: Path) -> None:
     assert report.read_run(tmp_path).stages == {"dense": {"params": 1, "macs": 2}}
 
 
+def test_a_run_of_several_ranks_is_read_by_its_pointer(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "checkpoint-000000004-0123abcd"
+    folder.mkdir(parents=True)
+    (folder / "header.json").write_text(json.dumps({"history": [{"epoch": 1, "loss": 0.5}]}))
+    pointer = tmp_path / "train" / "checkpoint.json"
+    pointer.write_text(json.dumps({"folder": folder.name, "step": 4}))
+    assert report.read_run(tmp_path).history == {"train": [{"epoch": 1, "loss": 0.5}]}
+    for broken in ('{"folder": "../elsewhere"}', '{"folder": "gone"}', "[]", '{"step": 4}'):
+        pointer.write_text(broken)
+        with pytest.raises(ValueError, match="^run must be a folder with whole checkpoints, got .*checkpoint.json"):
+            report.read_run(tmp_path)
+
+
 def test_metrics_of_other_tasks_are_drawn(tmp_path: Path) -> None:
     rows = [{"epoch": 1, "loss": 1.0, "train_top1": None, "bbox_ap": 0.3}, {"epoch": 2, "loss": 1.0, "bbox_ap": 0.4}]
     report.plot_history(tmp_path / "a.png", {"train": rows, "empty": []}, title="t")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastrank import _checks
 from fastrank.budget import _choices, _errors
 from fastrank.budget._choices import DENSE, Choice, Place
-from fastrank.budget._clock import Clock, ratio
+from fastrank.budget._clock import Clock, ratio, share_of
 from fastrank.budget._solve import solve
 from fastrank.calibration import Calibration
 from fastrank.convert import copy_with, skeleton
@@ -68,8 +68,10 @@ def allocate(model: nn.Module, places: Sequence[Place], request: Request) -> All
     if "latency" in request.budget:
         assert request.example is not None
         timed = model if _device_of(model) == request.device else copy.deepcopy(model).to(request.device)
-        dense, options = _with_times(places, dense, options, request)
-        whole["latency"] = ratio(timed, timed, request.example.to(request.device), rounds=9)[0]
+        dense, options = _with_times(timed, places, dense, options, request)
+        # Of the whole only the convolutions' share is needed: as times, the two would be of different moments.
+        share = share_of(timed, request.example.to(request.device), places)
+        whole["latency"] = sum(d.costs["latency"] for d in dense) / share
     tried = [_useful(d, mine, request.budget) for d, mine in zip(dense, options, strict=True)]
     table = [[d, *mine] for d, mine in zip(dense, tried, strict=True)]
     rest = {kind: whole[kind] - sum(d.costs[kind] for d in dense) for kind in request.budget}
@@ -117,18 +119,25 @@ def _with_errors(
 
 
 def _with_times(
-    places: Sequence[Place], dense: Sequence[Choice], options: Sequence[Sequence[Choice]], request: Request
+    model: nn.Module,
+    places: Sequence[Place],
+    dense: Sequence[Choice],
+    options: Sequence[Sequence[Choice]],
+    request: Request,
 ) -> tuple[list[Choice], list[list[Choice]]]:
+    assert request.example is not None
     clock = Clock(request.device, places[0].conv.weight.dtype, remember=request.remember)
-    timed_dense, timed = [], []
-    for place, whole, mine in zip(places, dense, options, strict=True):
-        times = clock.times(place, [choice.layer for choice in mine])
-        timed_dense.append(replace(whole, costs={**whole.costs, "latency": times[0]}))
-        timed.append(
-            [replace(choice, costs={**choice.costs, "latency": us}) for choice, us in zip(mine, times[1:], strict=True)]
-        )
+    layers = [[choice.layer for choice in mine] for mine in options]
+    times = clock.times(model, request.example.to(request.device), places, layers)
     clock.save()
-    return timed_dense, timed
+
+    def timed(choice: Choice, us: float) -> Choice:
+        return replace(choice, costs={**choice.costs, "latency": us})
+
+    return [timed(whole, row[0]) for whole, row in zip(dense, times, strict=True)], [
+        [timed(choice, us) for choice, us in zip(mine, row[1:], strict=True)]
+        for mine, row in zip(options, times, strict=True)
+    ]
 
 
 def _useful(dense: Choice, options: Sequence[Choice], budget: Mapping[str, float]) -> list[Choice]:

@@ -177,7 +177,12 @@ class _Run:
         if self.logger is None:
             return recorder
         log = self.logger(self.out / "tensorboard" / label, model)
-        return lambda row: (recorder(row), log(row))
+
+        def both(row: train.EpochRow) -> None:
+            recorder(row)
+            log(row)
+
+        return both
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
         cost = complexity.count(model, self.test_set.shape)

@@ -21,6 +21,8 @@ from fastrank.report._trajectory import FILE, Trajectory, read_trajectory
 
 # The file and the metadata key that a training run keeps its state under.
 _CHECKPOINT, _KEY = "checkpoint.safetensors", "fastrank.checkpoint"
+# The file that names the folder of a checkpoint by several ranks, and the file in there with all but the tensors.
+_POINTER, _HEADER = "checkpoint.json", "header.json"
 # Of an epoch's row, what is no accuracy.
 _NO_ACCURACY = ("epoch", "loss", "penalty", "lr", "seconds")
 Row = Mapping[str, Any]
@@ -51,10 +53,11 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """
     folder = Path(folder)
     record = folder / "summary.json"
-    checkpoints, recorded = (
-        sorted(folder.rglob(name), key=lambda path: (path.stat().st_mtime, path)) for name in (_CHECKPOINT, FILE)
+    checkpoints, pointers, recorded = (
+        sorted(folder.rglob(name), key=lambda path: (path.stat().st_mtime, path))
+        for name in (_CHECKPOINT, _POINTER, FILE)
     )
-    if not record.is_file() and not checkpoints and not recorded:
+    if not record.is_file() and not checkpoints and not pointers and not recorded:
         wanted = "the folder of a run, which holds a summary.json or checkpoints"
         raise FileNotFoundError(f"run must be {wanted}, got {folder}, which has neither")
     summary: Any = {}
@@ -71,6 +74,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         rows, found = _checkpoint(path)
         history[str(path.parent.relative_to(folder))] = rows
         gates = found or gates
+    for path in pointers:  # of several ranks, whose gates are in their shards
+        history[str(path.parent.relative_to(folder))] = _rows(path, _header(path))
     trajectories = {str(path.parent.relative_to(folder)): read_trajectory(path) for path in recorded}
     return Run(summary, stages_of(summary), history, gates, trajectories)
 
@@ -108,7 +113,7 @@ def _checkpoint(path: Path) -> tuple[list[Row], dict[str, Tensor]]:
     """The epochs in a training's checkpoint, and its gates by kind."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            rows = json.loads((file.metadata() or {})[_KEY])["history"]
+            header = json.loads((file.metadata() or {})[_KEY])
             kinds: dict[str, list[Tensor]] = {}
             for name in file.keys():  # noqa: SIM118  (the handle is no mapping)
                 kind = name.rpartition(".")[2]
@@ -116,11 +121,27 @@ def _checkpoint(path: Path) -> tuple[list[Row], dict[str, Tensor]]:
                     kinds.setdefault(kind, []).append(file.get_tensor(name).flatten().float())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise _checks.fail("run", "a folder with whole checkpoints", f"{path}, which is not one: {error}") from error
+    return _rows(path, header), {kind: torch.cat(values) for kind, values in kinds.items()}
+
+
+def _header(pointer: Path) -> Any:
+    """What the checkpoint of several ranks that `pointer` names says of its run."""
+    try:
+        name = json.loads(pointer.read_bytes())["folder"]
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError("it names no folder beside it")
+        return json.loads((pointer.parent / name / _HEADER).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _checks.fail("run", "a folder with whole checkpoints", f"{pointer}, which is not one: {error}") from error
+
+
+def _rows(path: Path, header: Any) -> list[Row]:
+    """The history in a checkpoint's header."""
+    rows = header.get("history") if isinstance(header, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "loss" in row for row in rows):
         raise _checks.fail("run", "a folder with whole checkpoints", f"{path}, whose history is damaged")
     # What a test of another task than classification measured has a mapping of its own in the row.
-    rows = [{**row, **row.get("metrics", {})} for row in rows]
-    return rows, {kind: torch.cat(values) for kind, values in kinds.items()}
+    return [{**row, **row.get("metrics", {})} for row in rows]
 
 
 def plot_history(path: str | os.PathLike[str], history: Mapping[str, Sequence[Row]], *, title: str) -> None:

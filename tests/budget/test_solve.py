@@ -32,8 +32,8 @@ def test_the_choice_is_the_best_of_all_combinations(layers, a, b):
         chosen = [mine[i] for mine, i in zip(layers, picked, strict=True)]
         for kind, limit in limits.items():
             assert sum(c.costs[kind] for c in chosen) <= limit * (1 + 1e-6)  # the solver's feasibility tolerance
-        # A gap of 1e-4, and the tie-break: at most 1e-6 a kind and layer of what a limit allows.
-        assert sum(c.error for c in chosen) <= best * (1 + 1e-4) + 1e-4
+        # A gap of 1e-3, and the tie-break: at most 1e-6 a kind and layer of what a limit allows.
+        assert sum(c.error for c in chosen) <= best * (1 + 1.1e-3) + 1e-4
 
 
 def test_of_equal_errors_the_cheaper_one_is_taken():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from helpers import Spare, planted_tucker, randn
 from torch import nn
 
 import fastrank
-from fastrank import LayerPlan, Plan, complexity, compress, make_plan, models
-from fastrank.budget import _allocate, _clock
+from fastrank import LayerPlan, Plan, complexity, compress, convert, make_plan, models
+from fastrank.budget import Place, _allocate, _clock
 
 SIZE = (3, 16, 16)
 
@@ -63,25 +64,46 @@ def clock(monkeypatch: pytest.MonkeyPatch):
                 total += cost.macs / 1000 + 5 * max(0, len(cost.stages) - 1)
         return total
 
-    def measure(self, conv, call, layers):
+    def measure(model, x, places, layers):
         world["measured"] += 1
-        found = []
-        for layer in layers:
-            macs = sum(s.macs for s in _clock.skeleton(conv, layer).conv_stages(call.size)) if layer.ranks else 0
-            stages = len(_clock.skeleton(conv, layer).conv_stages(call.size)) if layer.ranks else 1
-            if not layer.ranks:
-                out = _clock.skeleton(conv, LayerPlan("svd-channel", (1,))).conv_stages(call.size)[0].out_size
-                macs = conv.weight.numel() * out[0] * out[1]
-            found.append(macs / 1000 + 5 * (stages - 1))
-        return found
+        return [
+            [
+                sum(stage.macs for stage in stages) / 1000 + 5 * (len(stages) - 1)
+                for stages in (
+                    convert.factored_stages(place.conv, layer, place.calls[0].size)
+                    for layer in (LayerPlan("dense"), *mine)
+                )
+            ]
+            for place, mine in zip(places, layers, strict=True)
+        ]
 
-    def ratio(dense, planned, x, *, rounds=15):
+    def ratio(dense, planned, x):
         base = us(dense)
         return base * (1 + world["more"]), us(planned) + world["more"] * base
 
-    monkeypatch.setattr(_clock.Clock, "_measure", measure)
+    monkeypatch.setattr(_clock, "measure", measure)
     monkeypatch.setattr(_allocate, "ratio", ratio)
+    monkeypatch.setattr(_allocate, "share_of", lambda model, x, places: 1 / (1 + world["more"]))
     return world
+
+
+def test_the_switched_network_times_every_candidate_in_its_place():
+    """A layer that sleeps is found as slow as it sleeps, the dense one is not, and the model is left as it was."""
+
+    class Sleeping(nn.Conv2d):
+        def forward(self, x):
+            time.sleep(0.02)
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Sleeping(4, 4, 3), nn.BatchNorm2d(4)).train()
+    x = randn(2, 3, 8, 8)
+    calls = convert.calls(model, x)
+    places = [Place(str(i), model[i], calls[str(i)], 2) for i in (0, 1)]
+    rows = _clock.measure(model, x, places, [[LayerPlan("svd-channel", (1,))], []])
+    assert [len(row) for row in rows] == [2, 1]
+    assert rows[1][0] >= 20_000 > max(rows[0])
+    assert all(m.training for m in model.modules())
+    assert 0.9 < _clock.share_of(model, x, places) <= 1.0
 
 
 @pytest.mark.parametrize("kind", ["macs", "params", "bytes"])
@@ -153,7 +175,7 @@ def test_what_layers_alone_do_not_tell_is_measured_and_made_up_for(network, cloc
     """A network whose factored layers run 20 % slower in place than alone still keeps its budget."""
     honest = _allocate.ratio
 
-    def slower(dense, planned, x, *, rounds=15):
+    def slower(dense, planned, x):
         base, us = honest(dense, planned, x)
         return base, us if planned is dense else 1.2 * us
 
@@ -165,13 +187,16 @@ def test_what_layers_alone_do_not_tell_is_measured_and_made_up_for(network, cloc
 
 def test_a_layer_stays_dense_for_the_reason_that_was_measured(network, clock, monkeypatch):
     """Where three convolutions take longer than one, the reason says by how much, at which map."""
-    honest = _clock.Clock._measure
+    honest = _clock.measure
 
-    def small_maps_are_slow(self, conv, call, layers):
-        times = honest(self, conv, call, layers)
-        return times if call.size[0] > 4 else [times[0], *(1.4 * times[0] for _ in times[1:])]
+    def small_maps_are_slow(model, x, places, layers):
+        rows = honest(model, x, places, layers)
+        return [
+            row if place.calls[0].size[0] > 4 else [row[0], *(1.4 * row[0] for _ in row[1:])]
+            for place, row in zip(places, rows, strict=True)
+        ]
 
-    monkeypatch.setattr(_clock.Clock, "_measure", small_maps_are_slow)
+    monkeypatch.setattr(_clock, "measure", small_maps_are_slow)
     plan = make_plan(network, "auto", example_input=torch.zeros(1, *SIZE), budget={"latency": 0.8}, remember=False)
     reason = plan.layers["layer3.1.conv1"].reason
     assert plan.layers["layer3.1.conv1"].method == "dense"
@@ -197,7 +222,7 @@ def test_measured_times_are_remembered_by_device_and_not_measured_twice(network,
     assert json.loads(file.read_text())["us"]
 
 
-def test_a_real_clock_finds_a_wide_layer_faster(tmp_path, monkeypatch):
+def test_a_real_clock_finds_a_wide_layer_faster():
     """Rank 8 of 192 channels saves some twenty times the work: faster on any machine, however busy."""
     torch.manual_seed(0)
     conv = nn.Conv2d(192, 192, 3, padding=1)
