@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ ROUNDS = 6
 """Plans that are measured as a whole before a latency budget is given up."""
 CLOSE = 0.02
 """A measured time this close below the budget is taken; further below, accuracy is bought back with the rest."""
+WORST = 1 - 1e-9
 SENSITIVITIES = ("energy", "output", "accuracy")
 
 
@@ -74,6 +76,8 @@ def allocate(model: nn.Module, places: Sequence[Place], request: Request) -> All
         whole["latency"] = sum(d.costs["latency"] for d in dense) / share
     tried = [_useful(d, mine, request.budget) for d, mine in zip(dense, options, strict=True)]
     table = [[d, *mine] for d, mine in zip(dense, tried, strict=True)]
+    if request.sensitivity != "accuracy":
+        table = [[replace(choice, error=harm(choice.error)) for choice in mine] for mine in table]
     rest = {kind: whole[kind] - sum(d.costs[kind] for d in dense) for kind in request.budget}
     limits = {kind: share * whole[kind] - rest[kind] for kind, share in request.budget.items()}
     least = {kind: sum(min(c.costs[kind] for c in mine) for mine in table) for kind in request.budget}
@@ -91,7 +95,7 @@ def allocate(model: nn.Module, places: Sequence[Place], request: Request) -> All
         picked, measured = _measured(timed, places, table, limits, whole, request)
         facts["measured"] = measured
         facts["device"] = str(request.device)
-    chosen = [mine[index] for mine, index in zip(table, picked, strict=True)]
+    chosen = [([d, *mine])[index] for d, mine, index in zip(dense, tried, picked, strict=True)]
     facts["predicted"] = {
         kind: round((rest[kind] + sum(c.costs[kind] for c in chosen)) / whole[kind], 4) for kind in request.budget
     }
@@ -100,6 +104,12 @@ def allocate(model: nn.Module, places: Sequence[Place], request: Request) -> All
         for place, d, choice, mine in zip(places, dense, chosen, options, strict=True)
     }
     return Allocation(layers, facts)
+
+
+def harm(error: float) -> float:
+    """-log of the share that is kept: what layers behind each other keep multiplies, and a layer that keeps nothing
+    cannot be made up for by the others."""
+    return -math.log1p(-min(error, WORST))
 
 
 def _with_errors(

@@ -80,9 +80,9 @@ def make_plan(
     model's device or on the one that the further key "device" names), "macs" (of convolutions and linear layers),
     "params", "bytes" (of parameters and buffers). "latency" and "macs" need example_input.
     allocation: "energy" sets one energy for all layers, as the methods were published; for one budget in "macs" or
-    "params", and there the default but for "auto". "global" chooses form and ranks of every layer so that the sum of
-    the layers' errors is least within the budget, of which several kinds may then be asked for at once. Under a latency
-    budget a layer is factored only where that is faster, and the network is measured as a whole.
+    "params", and there the default but for "auto". "global" chooses form and ranks of every layer so that Σ -log(1 - e)
+    over the layers' errors e is least within the budget, of which several kinds may then be asked for at once. Under a
+    latency budget a layer is factored only where that is faster, and the network is measured as a whole.
     sensitivity, what an error is: "energy" of the kernel; "output", the energy of the layer's outputs on `data`, the
     default where there are data; "accuracy", the growth of the cross-entropy on `data`, which then needs labels.
     data: a batch, batches, or a data set, of which `images` images are used. calibration: of `fastrank.calibrate`;
