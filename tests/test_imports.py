@@ -46,8 +46,8 @@ ALLOWED: dict[str, set[str]] = {
         "prune", "ranks", "regularize",
     },
     "recipe": {
-        "_checks", "_atomic", "_version", "complexity", "convert", "data", "distributed", "io", "methods", "models",
-        "plan", "regularize", "report", "train",
+        "_checks", "_atomic", "_version", "calibration", "complexity", "convert", "data", "distributed", "io",
+        "methods", "models", "plan", "regularize", "report", "train",
     },
     "tune": {"_backends", "_checks", "_tables", "convert", "decompose", "nn", "ops", "reference"},
     "env": {"_backends", "_native", "_tables", "_version"},

@@ -36,8 +36,9 @@ REGULARIZERS: dict[str, tuple[str, ...]] = {
     "nrmf": ("alpha", "mode"),
     "trp": ("scheme", "every", "energy", "nuclear"),
 }
-# Besides the options of its method, a plan may take its ranks from a twin that was trained otherwise.
-PLAN_KEYS = ("budget", "skip", "donor")
+# Besides the options of its method, a plan may take its ranks from a twin that was trained otherwise (donor), and be
+# decomposed for what the layers see of so many training images (calibrate).
+PLAN_KEYS = ("budget", "allocation", "skip", "donor", "calibrate")
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ def _compress(section: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TrainC
         }
         return {"method": method, **options}, phases
     check_options(method, {key: value for key, value in options.items() if key not in PLAN_KEYS})
+    if options.get("calibrate") is not None:
+        _checks.integer("compress.calibrate", options["calibrate"], 1)
     donor = options.get("donor")
     if donor is not None and mapping("compress.donor", donor, ("regularize",)).get("regularize") is not None:
         check_regularize("compress.donor.regularize", donor["regularize"])

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastrank import _atomic, _checks, complexity, convert, data, io, models, report, train
 from fastrank._version import __version__
+from fastrank.calibration import calibrate
 from fastrank.distributed import Parallel
 from fastrank.methods import make_plan, nrmf, trp
 from fastrank.methods.systems import SYSTEMS, Phase
@@ -23,6 +24,7 @@ from fastrank.recipe._parse import Recipe
 from fastrank.regularize import Regularizer
 from fastrank.train import TrainConfig
 
+NOT_OF_PLANS = ("method", "donor", "calibrate")
 Logger = Callable[[Path, nn.Module], Callable[[train.EpochRow], object]]
 
 
@@ -140,11 +142,13 @@ class _Run:
             ranks_of = build(self.arguments, self.recipe.train.seed)
             twin = regularizers(ranks_of, (section["donor"] or {}).get("regularize"))
             self.fit(ranks_of, self.recipe.train, twin, "donor")
-        return convert.compress(model, self.plan(ranks_of))
+        images = section.get("calibrate")
+        calibration = None if images is None else calibrate(model, self.train_set, images=images)
+        return convert.compress(model, self.plan(ranks_of), calibration=calibration)
 
     def plan(self, model: nn.Module) -> Plan:
         assert self.recipe.compress is not None
-        options = {key: value for key, value in self.recipe.compress.items() if key not in ("donor", "method")}
+        options = {key: value for key, value in self.recipe.compress.items() if key not in NOT_OF_PLANS}
         made = make_plan(model, self.recipe.compress["method"], example_input=self.example, **options)
         # Measured times differ from rank to rank: one plan counts.
         return Plan.from_json(self.ranks.decide(made.to_json()))

@@ -139,6 +139,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "wrong weaken": (changed(compress={"method": "musco", "weaken": 1.5}), ValueError, "weaken"),
     "wrong rank": (changed(compress={"method": "norton", "rank": 0}), ValueError, "rank"),
+    "no images to calibrate on": (changed(compress={"method": "nrmf", "calibrate": 0}), ValueError, "calibrate"),
     "unknown key of the donor": (changed(compress={"method": "vbmf", "donor": {"regularise": 1}}), ValueError, "donor"),
     "unknown regulariser of the donor": (
         changed(compress={"method": "vbmf", "donor": {"regularize": {"method": "l1"}}}),

@@ -88,6 +88,19 @@ def test_a_donor_gives_its_ranks_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "crossed" / "donor").is_dir()
 
 
+def test_layers_are_decomposed_for_the_training_images(tmp_path: Path) -> None:
+    """At the same ranks, and with the weights that a calibration on these images gives."""
+    trained = {"regularize": None, "finetune": None, "train": {"epochs": 6, "batch_size": 64, "lr": 0.1}}
+    plan = {"method": "nrmf", "energy": 0.6}
+    found, plain = (
+        recipe.run(recipe.parse(changed(**trained, compress=section)), tmp_path / name, progress=False)
+        for name, section in (("own", {**plan, "calibrate": 256}), ("plain", plan))
+    )
+    assert found["dense"] == plain["dense"]
+    assert found["compressed"]["params"] == plain["compressed"]["params"]
+    assert found["compressed"]["loss"] < plain["compressed"]["loss"]
+
+
 def test_weights_given_with_the_run_are_the_start(tmp_path: Path) -> None:
     torch.manual_seed(5)
     network = models.build("lenet5_nrmf")
