@@ -42,6 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what is timed: threads of torch that wait for each other on a busy machine take any time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poison() -> Iterator[None]:
     """Memory from torch.empty and its kin is filled with NaN, so that an output left unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -31,7 +31,7 @@ export.onnx(model, sys.argv[4], images[:1])
 
 
 @pytest.mark.slow
-def test_a_torchvision_network_is_planned_compressed_tuned_saved_loaded_and_exported(tmp_path):
+def test_a_torchvision_network_is_planned_compressed_tuned_saved_loaded_and_exported(tmp_path, one_thread):
     torch.manual_seed(0)
     images, labels = randn(2, 3, *SIZE), torch.arange(2)
     dense = torchvision.models.resnet18(num_classes=10)

@@ -116,9 +116,6 @@ def measure(
         factored: list[nn.Module] = [
             skeleton(place.conv, layer, x.device).to(place.conv.weight.dtype).eval() for layer in mine
         ]
-        if any(call.channels_last for call in place.calls):
-            for module in factored:
-                _channels_last(module)
         switches.append(Switch([by_name[place.name], *factored]))
     originals = {by_name[place.name]: switch for place, switch in zip(places, switches, strict=True)}
     network = copy_with(model, dict(originals)).eval()
@@ -180,12 +177,6 @@ def ratio(dense: nn.Module, planned: nn.Module, x: Tensor) -> tuple[float, float
     rounds = max(9, min(25, round(SECONDS * 1e6 / (2 * once))))
     found = latency.compare({"dense": dense, "planned": planned}, x, rounds=rounds, warmup=1)
     return found["dense"].p20_us, found["planned"].p20_us
-
-
-def _channels_last(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _read(path: Path) -> dict[str, float]:
