@@ -215,6 +215,17 @@ def test_ddp_trains_to_the_result_of_one_process(several: tuple[int, Path], alon
         assert row["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
 
 
+def test_one_process_sends_nothing_and_computes_everything() -> None:
+    """The cost model at one rank: no collective runs, and the decompositions are all its own."""
+    model = network("nrmf")
+    own = [NuclearNorm(model, 1e-3), LowRankProjection(model, every=1, energy=0.9)]
+    with Traffic() as counted:
+        train(model, own, data=images(30), epochs=1)
+    wanted = cost(model, own, world=1)
+    assert dict(counted.payload) == wanted.by_collective() == {}
+    assert wanted.regularizer_flops == wanted.regularizer_flops_alone > 0
+
+
 @pytest.mark.parametrize("system", ["nrmf", "trp"])
 def test_decompositions_are_split_over_the_ranks(several: tuple[int, Path], alone: Path, system: str) -> None:
     world, folder = several
