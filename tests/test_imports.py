@@ -177,6 +177,21 @@ def test_files_stay_short() -> None:
                 assert lines <= limits[path.suffix], f"{path.relative_to(ROOT)} has {lines} lines"
 
 
+def test_names_are_imported_when_they_are_used() -> None:
+    code = (
+        "import sys, fastrank\n"
+        "assert not {'fastrank.train', 'fastrank.methods', 'fastrank.io'} & set(sys.modules)\n"
+        "assert all(getattr(fastrank, name) is not None for name in fastrank.__all__)\n"
+        "assert set(fastrank.__all__) <= set(dir(fastrank)) and fastrank.report.write_html\n"
+        "assert fastrank.compress is fastrank.convert.compress and fastrank.train.fit\n"
+        "try: fastrank.tarin\n"
+        "except AttributeError as error: assert 'tarin' in str(error)\n"
+        "else: sys.exit('a name that is none')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_import_is_light() -> None:
     """Importing fastrank imports nothing heavy that torch does not; flops are counted all the same."""
     code = (
