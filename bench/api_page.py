@@ -72,7 +72,7 @@ def public(module: str) -> list[str]:
 
 def find(module: str, name: str) -> Definition | str | None:
     """The definition of a name as seen in a module; the name of a module that it is; None for a constant."""
-    for node in tree(module).body:
+    for node in _statements(module):
         if isinstance(node, Definition) and node.name == name:
             return node
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastrank"):
@@ -81,6 +81,15 @@ def find(module: str, name: str) -> Definition | str | None:
                     below = f"{node.module}.{alias.name}"
                     return below if file_of(below) else find(node.module, alias.name)
     return None
+
+
+def _statements(module: str) -> list[ast.stmt]:
+    """The statements of a module, with those behind TYPE_CHECKING: names that are imported when they are used."""
+    found: list[ast.stmt] = []
+    for node in tree(module).body:
+        lazy = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        found += node.body if lazy else [node]  # type: ignore[attr-defined]
+    return found
 
 
 def signature(node: Definition, *, bound: bool = False) -> str:

@@ -39,6 +39,11 @@ def test_what_is_listed_is_there(module: str) -> None:
             assert parameters(signature) == list(inspect.signature(getattr(found, name)).parameters), name
 
 
+def test_the_names_of_the_package_are_all_listed() -> None:
+    names = {name for name in fastrank.__all__ if not isinstance(getattr(fastrank, name), ModuleType)} - {"__version__"}
+    assert names == set(re.findall(r"^- `(\w+)\(", SECTIONS["fastrank"], flags=re.M))
+
+
 def test_nothing_public_is_left_out() -> None:
     assert set(SECTIONS) >= PUBLIC | {"fastrank"}
     for module in SECTIONS:
