@@ -6,6 +6,7 @@ Decompositions that know it keep what a layer computes, not its kernel's entries
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,24 +78,33 @@ def calibrate(model: nn.Module, data: Any, *, images: int = 512, seed: int = 0) 
             handles.append(module.register_forward_pre_hook(lambda conv, args, name=name: note(name, conv, args[0])))
     if not handles:
         raise _checks.fail("model", "a model with a convolution that can be factored", type(model).__name__)
-    flags = [(module, module.training) for module in model.modules()]
     like = next(parameter for parameter in model.parameters())
     seen = 0
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             for x, _ in image_batches(data, images, seed):
                 model(x.to(like.device, like.dtype))
                 seen += len(x)
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in flags:
-            module.training = flag
     moments = {name: total / counts[name] for name, total in sums.items()}
     for name, moment in moments.items():
         _checks.finite(f"data (what the layer {name!r} sees of it)", moment)
     return Calibration(moments, counts, seen)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module has its own training flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def image_batches(data: Any, images: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:

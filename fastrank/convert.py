@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastrank import _checks
 from fastrank._stages import ConvStage
-from fastrank.calibration import Calibration
+from fastrank.calibration import Calibration, evaluating
 from fastrank.decompose.tucker import max_ranks
 from fastrank.nn import FusedCPConv, FusedTucker2Conv, LayerCPConv, SVDConv
 from fastrank.nn import layer_cp as _layer_cp
@@ -88,7 +88,6 @@ def calls(model: nn.Module, example_input: Tensor) -> dict[str, list[Call]]:
         raise _checks.fail_type("example_input", "a torch.Tensor", example_input)
     found: dict[str, list[Call]] = {}
     handles = []
-    training = {module: module.training for module in model.modules()}
 
     def record(name: str) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -102,8 +101,7 @@ def calls(model: nn.Module, example_input: Tensor) -> dict[str, list[Call]]:
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d | FactoredConv2d):
                 record(name)
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             model(example_input)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         reason, shape = str(error).partition("\n")[0], tuple(example_input.shape)
@@ -111,8 +109,6 @@ def calls(model: nn.Module, example_input: Tensor) -> dict[str, list[Call]]:
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in training.items():
-            module.training = flag
     return found
 
 

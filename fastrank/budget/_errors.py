@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrank import _checks
 from fastrank.budget._choices import Choice, Place, approximation
-from fastrank.calibration import image_batches
+from fastrank.calibration import evaluating, image_batches
 from fastrank.decompose.weighted import output_error
 
 PROBES = 4
@@ -84,20 +84,14 @@ def top1(model: nn.Module, data: Any, images: int) -> float:
 
 
 def _run(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor | None]], score: Any) -> tuple[float, int]:
-    flags = [(module, module.training) for module in model.modules()]
     like = next(parameter for parameter in model.parameters())
     total, count = torch.zeros((), dtype=torch.float64, device=like.device), 0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for x, labels in batches:
-                if labels is None:
-                    raise _checks.fail("data", "batches of images and labels for an accuracy", "images alone")
-                logits = model(x.to(like.device, like.dtype))
-                _checks.tensor("output of the model", logits, (len(x), None), "(N, classes)")
-                total += score(logits.double(), labels.to(like.device))
-                count += len(x)
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with evaluating(model):
+        for x, labels in batches:
+            if labels is None:
+                raise _checks.fail("data", "batches of images and labels for an accuracy", "images alone")
+            logits = model(x.to(like.device, like.dtype))
+            _checks.tensor("output of the model", logits, (len(x), None), "(N, classes)")
+            total += score(logits.double(), labels.to(like.device))
+            count += len(x)
     return float(total), count
