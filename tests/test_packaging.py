@@ -26,7 +26,7 @@ SOURCES = (
     "triton_kernels",
     "setup.py",
     "pyproject.toml",
-    "constraints.txt",
+    "requirements.lock",
     "mkdocs.yml",
     "Makefile",
     "README.md",

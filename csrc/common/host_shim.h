@@ -9,6 +9,11 @@
 
 #include <ucontext.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #include <array>
 #include <cmath>
 #include <cstddef>
@@ -41,13 +46,48 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace fastrank::host {
 
 constexpr int kWarp = 32;
+// AddressSanitizer has to be told of every change of stacks, and of memory that the kernels must not touch.
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t kStackBytes = 256 * 1024;
+#else
 constexpr std::size_t kStackBytes = 64 * 1024;
+#endif
+
+struct Stack {
+  const void* bottom = nullptr;
+  std::size_t bytes = 0;
+};
+
+// Before a change to the stack `next`; `frames` keeps what belongs to this one, null where it ends.
+inline void leave([[maybe_unused]] const Stack& next, [[maybe_unused]] void** frames) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(frames, next.bottom, next.bytes);
+#endif
+}
+
+// After it, on the new stack, which left `frames`; `before` is told where it came from.
+inline void arrive([[maybe_unused]] void* frames, [[maybe_unused]] Stack* before) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(frames, before ? &before->bottom : nullptr,
+                                  before ? &before->bytes : nullptr);
+#endif
+}
+
+// Of `bytes` bytes at `start` the first `used` may be touched, the others not.
+inline void forbid([[maybe_unused]] const unsigned char* start, [[maybe_unused]] std::size_t used,
+                   [[maybe_unused]] std::size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(start, used);
+  ASAN_POISON_MEMORY_REGION(start + used, bytes - used);
+#endif
+}
 
 enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kWaiting, kDone };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
+  void* frames = nullptr;  // of AddressSanitizer, while the fiber waits
   State state = State::kReady;
   int exchanges = 0;
   std::function<bool()> signal;  // what a waiting thread waits for
@@ -64,6 +104,7 @@ struct Block {
   static constexpr std::size_t kSlotBytes = 16, kAlignment = 1024;
 
   ucontext_t scheduler;
+  Stack own;  // of the scheduler
   std::vector<Fiber> fibers;
   // Two a thread: consecutive exchanges alternate, so that one barrier each is enough.
   std::vector<std::array<unsigned char, kSlotBytes>> slots;
@@ -81,7 +122,9 @@ struct Block {
   void wait(State barrier) {
     Fiber& fiber = fibers[current];
     fiber.state = barrier;
+    leave(own, &fiber.frames);
     swapcontext(&fiber.context, &scheduler);
+    arrive(fiber.frames, &own);
   }
   void wait_until(std::function<bool()> signal) {
     if (signal()) return;
@@ -118,12 +161,14 @@ inline Block& block() {
 
 inline void fiber_main() {
   Block& b = block();
+  arrive(nullptr, &b.own);
   try {
     b.body();
   } catch (...) {
     b.error = std::current_exception();
   }
   b.fibers[b.current].state = State::kDone;
+  leave(b.own, nullptr);
 }
 
 inline void Block::start(int thread) {
@@ -166,7 +211,10 @@ inline bool Block::advance(int first, int last, dim3 shape, dim3 place) {
     const unsigned u = static_cast<unsigned>(t % threads);
     threadIdx = dim3(u % shape.x, u / shape.x % shape.y, u / (shape.x * shape.y));
     blockIdx = place;
+    void* frames = nullptr;
+    leave({fiber.stack.get(), kStackBytes}, &frames);
     swapcontext(&scheduler, &fiber.context);
+    arrive(frames, nullptr);
     if (error) std::rethrow_exception(error);
   }
   return any;
@@ -180,7 +228,9 @@ inline void Block::run(dim3 shape, std::size_t shared_bytes, dim3 place, int cou
   if (fibers.size() < static_cast<std::size_t>(all)) fibers.resize(all);
   slots.assign(2 * static_cast<std::size_t>(all), {});
   stride = (shared_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  forbid(memory.data(), memory.size(), memory.size());
   memory.assign(stride * static_cast<std::size_t>(blocks) + kAlignment, 0xFF);
+  for (int b = 0; b < blocks; ++b) forbid(shared(b), shared_bytes, stride);
   named.assign(blocks, {});
   everyone = {};
   error = nullptr;
