@@ -18,13 +18,14 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
 NATIVE = $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: reliability help demo test lint types suite gpu bench bench-cpu fuzz faults mutants coverage soak sanitize
+.PHONY: reliability help demo test lint types suite gpu bench bench-cpu growth compare fuzz faults mutants coverage soak sanitize
 .PHONY: tables report docs lock audit clean
 help:
 	@echo "make demo            train, compress and fine-tune a CNN on real digits; results in runs/demo"
 	@echo "make test            install, build, lint, type-check and run the whole suite (TORCH=latest for the newest torch)"
 	@echo "make gpu OUT=DIR     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks (ONLY=tucker2 or build,tests,tucker2,...)"
 	@echo "make bench           pytest-benchmark comparisons on this machine"
+	@echo "make compare BASE=REV  the same cases here and on another revision, in turns; make growth: cost against size"
 	@echo "make reliability     all of: bench-cpu fuzz faults mutants coverage soak sanitize (two hours); each ends in one line"
 	@echo "make report          registers, spills, shared memory of every kernel; no GPU needed"
 	@echo "make tables          write the generated tables of README.md and docs/ anew"
@@ -59,6 +60,13 @@ reliability: $(RELIABILITY)
 
 bench-cpu: $(READY)
 	FASTRANK_KEEP=$(if $(KEEP),1) $(BIN)/python -m pytest bench --benchmark-only -q
+
+growth: $(READY)
+	$(BIN)/python bench/growth.py $(KEEP)
+
+BASE ?= main
+compare: $(READY)
+	$(BIN)/python bench/compare.py --base $(BASE)
 
 fuzz: $(READY)
 	$(BIN)/python tests/reliability/fuzz.py $(KEEP)

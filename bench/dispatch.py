@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timing
 import torch
-from tucker2_layers import OTHERS, RESNET18
 
 from fastrank import tune
+from fastrank.benchmarks import timing
+from fastrank.benchmarks.layers import OTHERS, RESNET18
 from fastrank.nn import FusedCPConv, FusedTucker2Conv
 
 

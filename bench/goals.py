@@ -2,7 +2,7 @@
 
     python bench/goals.py RESULTS_DIR [--write FILE]
 
-Reads the bench_*.jsonl of `bench/gpu.py` (tucker2, networks, depthwise, gates) and prints two tables in Markdown: every
+Reads the bench_*.jsonl of `bench/gpu.py` (tucker2, networks, cp, gates) and prints two tables in Markdown: every
 goal with what was wanted, what came out, whether that meets it and the roofline fraction where its rows have one; and
 images a second of whole networks. A goal none of whose rows was measured says so. Times are medians of cold graphs.
 
@@ -25,7 +25,7 @@ from typing import Any
 
 Info = Mapping[str, Any]
 STACK = "ResNet-18"
-FAMILIES = ("tucker2", "networks", "depthwise", "gates")
+FAMILIES = ("tucker2", "networks", "cp", "gates")
 FUSED, THREE = ("cuda", "triton"), ("sequence", "padded")
 NOISE = 1.03  # two measurements of one thing
 HOST_US, SAVED_SHARE, BANDWIDTH_SHARE = 10.0, 0.55, 0.85
@@ -173,7 +173,7 @@ def table(folder: Path) -> list[Goal]:
         what, note = f"auto over torch.compile, {text}, geometric mean", f" ({len(found)} rows)"
         goals.append(at_least("3", what, limit, geometric(list(found.values())), note=note))
     goals += [bandwidth(forward), dispatcher(forward), *training(rows)]
-    return [*goals, *cp(read(folder, "depthwise")), *gates(folder), host(rows)]
+    return [*goals, *cp(read(folder, "cp")), *gates(folder), host(rows)]
 
 
 def bandwidth(rows: Sequence[Info]) -> Goal:

@@ -37,6 +37,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FAMILIES = sorted({path.stem[5:] for path in (ROOT / "bench").glob("test_*.py")} - set(CPU_ONLY))
 # What the names of a family's tests hold besides its own.
 TESTS = {
+    "cp": ("cp", "depthwise"),
     "gates": ("gate",),
     "linalg": ("linalg", "spectral", "nonfinite", "resume"),
     "networks": ("fuse", "prepared"),
@@ -225,8 +226,8 @@ def main() -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
 
-    sys.path.insert(0, str(Path(__file__).parent))
-    import timing
+    sys.path.insert(0, str(ROOT))
+    from fastrank.benchmarks import timing
 
     for stale in (*(out / f"{step}.log" for step in STEPS), *(out / f"bench_{family}.jsonl" for family in FAMILIES)):
         stale.unlink(missing_ok=True)

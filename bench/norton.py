@@ -23,24 +23,21 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import random
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import gpu
-import timing
 import torch
 from torch import Tensor, nn
 
-import fastrank
 from fastrank import _backends, complexity, models, recipe, tune
-from fastrank.nn import FusedCPConv
-from fastrank.nn._fused import FusedConv2d
+from fastrank.benchmarks import networks as forms
+from fastrank.benchmarks import timing
+from fastrank.benchmarks.networks import alive, apart, tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = timing.DEVICE == "cuda"
@@ -64,7 +61,6 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 GRAPH_US = 4000.0
 GPU_BATCHES = (32, 1, 128)
 EXAMPLES = 16
-_ROUNDINGS = 4  # of a layer: its weights, bias, products and sum, as in fastrank.fuse
 
 Network = Callable[[Any], Any]
 
@@ -119,59 +115,12 @@ def rows() -> list[Row]:
     return sorted(found, key=lambda row: not row.exact)
 
 
-@torch.no_grad()
-def alive(model: nn.Module, x: Tensor) -> nn.Module:
-    """`model` in eval mode with the statistics of the batch x, so that what it returns depends on all of its layers."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            module.momentum = 0.9  # all of a new statistic makes deep networks chaotic
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-    model.train()(x)
-    return model.eval().requires_grad_(False)
-
-
-def replaced(model: nn.Module, change: Callable[[Any], nn.Module]) -> nn.Module:
-    """A copy of `model` whose compressed layers are what `change` makes of them."""
-    twin = copy.deepcopy(model)
-    for name, layer in list(twin.named_modules()):
-        if isinstance(layer, FusedConv2d):
-            twin.set_submodule(name, change(layer))
-    return twin
-
-
-def forced(backend: str, layer: FusedConv2d) -> FusedConv2d:
-    layer.backend = backend
-    return layer
-
-
 def contenders(dense: nn.Module, small: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     """All of them, of two networks in float32 on the CPU; `example` proves the fused ones."""
-    fused = fastrank.fuse_for_inference(small, example)
-    found = {
-        "dense": dense,
-        "dense fused": fastrank.fuse_for_inference(dense, example),
-        "four ops": replaced(small, FusedCPConv.to_sequential),
-        "auto": small,
-        "fused": fused,
-    }
-    if GPU:  # elsewhere kernels only run in an interpreter
-        kernels = [name for name in KERNELS if name in _backends.BACKENDS[OP]]
-        found |= {f"fused {name}": replaced(fused, partial(forced, name)) for name in kernels}
-    return found
-
-
-def tensors(found: Any) -> list[Tensor]:
-    """What a network returns: a tensor, or the maps of a backbone by name."""
-    return [found] if isinstance(found, Tensor) else list(found.values())
-
-
-def apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest relative L2 error of a tensor; infinite where shapes differ or something is not finite."""
-    if [each.shape for each in found] != [each.shape for each in wanted]:
-        return math.inf
-    errors = [float((one.double() - other).norm() / other.norm()) for one, other in zip(found, wanted, strict=True)]
-    return max(errors) if all(map(math.isfinite, errors)) else math.inf
+    # Elsewhere kernels only run in an interpreter.
+    kernels = [name for name in KERNELS if name in _backends.BACKENDS[OP]] if GPU else []
+    found = forms.forms(dense, small, example, kernels)
+    return {"four ops" if name == "sequence" else name: network for name, network in found.items()}
 
 
 def wrong(
@@ -180,18 +129,14 @@ def wrong(
     """(contenders whose output is wrong, kernels that refuse the input), each with the reason.
 
     plain: "dense" and "four ops" as networks; in float64, on the first and the last image, they are the truth of the
-    contenders whose names begin with "dense" and of the others. A contender may be off by four times what the plain
-    network itself is off in the dtype of x (both are a draw of few numbers), and by the roundings of a fold in every
-    layer.
+    contenders whose names begin with "dense" and of the others. How much a contender may be off says
+    `fastrank.benchmarks.networks.truth`.
     """
     bad: dict[str, str] = {}
     refused: dict[str, str] = {}
-    ends = [0, -1] if len(x) > 1 else [0]
+    ends = forms.ends(x)
     for kind, network in plain.items():
-        truth = tensors(copy.deepcopy(network).double()(x[ends].double()))
-        own = apart([each[ends] for each in tensors(network(x))], truth)
-        layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
-        bound = 4 * own + _ROUNDINGS * math.sqrt(layers) * torch.finfo(x.dtype).eps
+        truth, bound = forms.truth(network, x)
         for name in [each for each in calls if each.startswith("dense") == (kind == "dense")]:
             try:
                 error = apart([each[ends] for each in tensors(calls[name](x))], truth)
@@ -206,22 +151,7 @@ def wrong(
 
 def eager(calls: Mapping[str, timing.Thunk], seconds: float) -> dict[str, list[float]]:
     """Microseconds of each call, in turns for about so many seconds, every round in another order."""
-    warm = sum(one_call(call) for call in calls.values()) * 1e-6
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    chance = random.Random(0)
-    for _ in range(min(max(round(seconds / warm), LEAST_ROUNDS), MOST_ROUNDS)):
-        for name in chance.sample(list(calls), len(calls)):  # who runs behind whom finds other things in the caches
-            times[name].append(one_call(calls[name]))
-    return times
-
-
-def one_call(call: timing.Thunk) -> float:
-    """Microseconds, the host's work included."""
-    timing.synchronize()
-    begin = time.perf_counter()
-    call()
-    timing.synchronize()
-    return (time.perf_counter() - begin) * 1e6
+    return timing.for_seconds(calls, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, least_us=0.0)
 
 
 def timed(networks: Mapping[str, Network], x: Any, seconds: float, graphs: bool) -> dict[str, dict[str, Any]]:
@@ -241,13 +171,10 @@ def settings(x: Tensor) -> dict[str, Any]:
 
 
 def images(batch: int, size: int, *, exact: bool = False, channels_last: bool = GPU) -> Tensor:
-    """Blots under noise, since of pure noise a deep network sees nothing but the mean; float32 where exact is set."""
+    """`fastrank.benchmarks.networks.images` where and as contenders want them; float32 where exact is set."""
     dtype = torch.bfloat16 if GPU and not exact else torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    chance = torch.Generator().manual_seed(batch)
-    blots = torch.randn(batch, 3, 4, 4, generator=chance)
-    noise = torch.randn(batch, 3, size, size, generator=chance)
-    x = nn.functional.interpolate(blots, (size, size), mode="bilinear") + noise / 4
+    x = forms.images(batch, size)
     return x.to(timing.DEVICE, dtype, memory_format=layout)
 
 

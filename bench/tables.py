@@ -6,7 +6,8 @@ docs/api.md: the public names. docs/recipes.md: the recipe files. docs/accuracy.
 (of bench/accuracy.py). docs/plans.md: bench/results/plans-cpu.json (of bench/plans.py).
 docs/kernels/tucker2.md: what the plan predicts, where `fastrank._host` is built; the goals, and what was measured of
 them in the newest bench/results/gpu* folder that holds such a run. docs/networks.md: bench/results/norton-cpu.json (of
-bench/norton.py), and the newest such folder with NORTON's networks.
+bench/norton.py), and the newest such folder with NORTON's networks. docs/benchmarks.md,
+docs/growth.md, docs/reliability.md: what `make bench-cpu`, `make growth` and the others of `make reliability` keep.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import api_page
+import benchmarks_page
 import dispatch
 import goals
+import growth_page
 import norton_page
 import plans
 import polar_accuracy
+import reliability_page
 import tucker2_model
 from studies import pages
 
@@ -172,6 +176,17 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/plans.md": {
         "latency": lambda: plans.latency_table(result("plans-cpu.json")),
         "calibration": lambda: plans.accuracy_table(result("plans-cpu.json")),
+    },
+    "docs/benchmarks.md": {"benchmarks": lambda: benchmarks_page.table(benchmarks_page.committed())},
+    "docs/growth.md": {
+        "pictures": lambda: growth_page.pictures(growth_page.result()),
+        "time": lambda: growth_page.table(growth_page.result()),
+        "memory": lambda: growth_page.memory_table(growth_page.result()),
+        "gpu": lambda: growth_page.table(growth_page.result("cuda")),
+    },
+    "docs/reliability.md": {
+        "commands": lambda: reliability_page.commands_table(reliability_page.results(RESULTS / "reliability")),
+        "bugs": lambda: reliability_page.bugs_table(reliability_page.results(RESULTS / "reliability")),
     },
     "docs/accuracy.md": {
         name: lambda make=make: make(result("accuracy-cpu.json")) for name, make in pages.TABLES.items()

@@ -1,6 +1,7 @@
-"""Decompositions and ranks on a CPU against what one would call instead, measured in turns in one process.
+"""Decompositions and ranks on a CPU against what one would call instead, measured in turns in one process (family
+linalg).
 
-    pytest bench/test_decompose.py --benchmark-only --benchmark-json=decompose.json
+    pytest bench/test_decompose.py --full --benchmark-only --benchmark-json=decompose.json
     python bench/test_decompose.py decompose.json bench/results/decompose-cpu.json    # docs/decompositions.md's table
 
 TensorLy's parafac is called on a few filters a round, as is with NumPy, and its time multiplied up to the layer. The
@@ -23,22 +24,16 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from fastrank import decompose, ranks
+from fastrank.benchmarks import timing
+from fastrank.benchmarks.layers import RESNET18_CONVS
 from fastrank.decompose.unfold import unfold_all
 
 sys.path.insert(0, str(Path(__file__).parent))
-import timing
+import rows
 
 if timing.DEVICE == "cuda":
     pytest.skip("figures of a CPU", allow_module_level=True)
 
-# (O, I, kernel) of ResNet-18's twenty convolutions.
-RESNET18 = [
-    (64, 3, 7),
-    *[(64, 64, 3)] * 4,
-    *[(128, 64, 3), (128, 64, 1), *[(128, 128, 3)] * 3],
-    *[(256, 128, 3), (256, 128, 1), *[(256, 256, 3)] * 3],
-    *[(512, 256, 3), (512, 256, 1), *[(512, 512, 3)] * 3],
-]
 SAMPLE = 4
 
 
@@ -64,7 +59,7 @@ def he(*shape: int) -> Tensor:
 
 def resnet18() -> list[Tensor]:
     torch.manual_seed(0)
-    return [he(o, i, k, k) for o, i, k in RESNET18]
+    return [he(o, i, k, k) for o, i, k in RESNET18_CONVS]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -197,7 +192,7 @@ def test_cp_layer(benchmark: Any, channels: int, rank: int, algorithm: str) -> N
 
 def main(path: str, keep: str = "") -> None:
     """Prints a Markdown table of a result, and writes what it takes of it to the file `keep`, where one is named."""
-    cases = timing.cases(path, keep)
+    cases = rows.cases(path, keep)
     found = cases[0]["extra_info"]["environment"]
     print(f"Medians, in turns; torch {found['torch']}, threads: {found['cpu_threads']}.\n")
     print("| what | fastrank | instead | takes | ratio | error | its error |\n|---|---:|---|---:|---:|---:|---:|")

@@ -18,60 +18,26 @@ import torch
 from torch import Tensor
 
 from fastrank import _backends
+from fastrank.benchmarks import Case, timing
+from fastrank.benchmarks._gates import foreach_factors, foreach_penalty, naive_factors, naive_penalty
+from fastrank.benchmarks.layers import LARGE_LISTS, RESNET18_CONVS, gated_shapes
 from fastrank.ops import count_below, funnel_penalty, funnel_proximal_, gated_factor, gated_factors
 
 sys.path.insert(0, str(Path(__file__).parent))
-import timing
+import rows
 
 DEVICE = timing.DEVICE
 BACKENDS = ["reference", "triton", "cuda"]
 CONTENDERS = ["naive", "foreach", "loop", *BACKENDS]
 
-# (in, out) channels of ResNet-18's sixteen 3x3 convolutions; a full-rank Tucker-2 has three factors for each.
-CONVS = [*[(64, 64)] * 4, (64, 128), *[(128, 128)] * 3, (128, 256), *[(256, 256)] * 3, (256, 512), *[(512, 512)] * 3]
-SOME = CONVS if DEVICE == "cuda" else CONVS[:8]  # a CPU takes seconds over the wide layers
-RESNET = [shape for i, o in SOME for shape in ((i, i), (o, i, 3, 3), (o, o))]
-# Lists of one shape, told by their bytes: where a kernel's bandwidth shows.
-MEBIBYTE = 2**20 // 4
-LARGE = {
-    f"{size} MB of rows of {row}": [(MEBIBYTE * size // 8 // row, row)] * 8
-    for size in (64, 256, 1024)
-    for row in (64, 576, 4608)
-}
-LISTS = {"ResNet-18": RESNET, **(LARGE if DEVICE == "cuda" else {})}
-
-
-def along(gate: Tensor, direction: Tensor) -> Tensor:
-    return gate.view(-1, *(1,) * (direction.dim() - 1))
-
-
-def naive_factor(direction: Tensor, gate: Tensor) -> Tensor:
-    return along(gate, direction) * direction / along(direction.flatten(1).norm(dim=1), direction)
-
-
-def foreach_factors(directions: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
-    """The shortest chain that torch._foreach offers: no operator of it reduces over the slices of a tensor."""
-    norms = [torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim()))) for v in directions]
-    scales = torch._foreach_div(list(gates), norms)
-    return list(torch._foreach_mul(list(directions), [along(s, v) for s, v in zip(scales, directions, strict=True)]))
-
-
-def naive_penalty(gates: Sequence[Tensor], c: float) -> Tensor:
-    total = gates[0].new_zeros(())
-    for gate in gates:
-        total = total + (gate.abs() / (gate.abs() + c)).sum()
-    return total
-
-
-def foreach_penalty(gates: Sequence[Tensor], c: float) -> Tensor:
-    sizes = torch._foreach_abs(list(gates))
-    terms = torch._foreach_div(sizes, torch._foreach_add(sizes, c))
-    return torch.stack([term.sum() for term in terms]).sum()
+# A CPU takes seconds over the wide layers.
+RESNET = gated_shapes(RESNET18_CONVS if DEVICE == "cuda" else RESNET18_CONVS[:12])
+LISTS = {"ResNet-18": RESNET, **(LARGE_LISTS if DEVICE == "cuda" else {})}
 
 
 def factors_by(contender: str) -> Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]:
     if contender == "naive":
-        return lambda v, g: [naive_factor(*pair) for pair in zip(v, g, strict=True)]
+        return naive_factors
     if contender == "foreach":
         return foreach_factors
     if contender == "loop":
@@ -82,9 +48,9 @@ def factors_by(contender: str) -> Callable[[Sequence[Tensor], Sequence[Tensor]],
 
 def penalty_by(contender: str) -> Callable[[Sequence[Tensor]], Tensor]:
     if contender == "naive":
-        return lambda gates: naive_penalty(gates, 0.1)
+        return naive_penalty
     if contender == "foreach":
-        return lambda gates: foreach_penalty(gates, 0.1)
+        return foreach_penalty
     return lambda gates: funnel_penalty(gates, 0.1, backend=contender)
 
 
@@ -116,14 +82,14 @@ def test_gated_factors(benchmark: Any, contender: str, shapes: list[tuple[int, .
     needs(contender, "gated_factor")
     directions, gates = tensors(shapes)
     function, count = factors_by(contender), len(directions)
-    for out, v, g in zip(function(directions, gates), directions, gates, strict=True):  # what is wrong is not timed
-        torch.testing.assert_close(out, naive_factor(v, g))
+    # What is wrong is not timed.
+    torch.testing.assert_close(function(directions, gates), naive_factors(directions, gates))
 
     def call(inputs: Any) -> None:
         with torch.no_grad():
             function(inputs[:count], inputs[count:])
 
-    timing.measure(benchmark, call, directions + gates, bytes_moved=moved(directions, 2) + moved(gates, 1))
+    rows.measure(benchmark, call, directions + gates, bytes_moved=moved(directions, 2) + moved(gates, 1))
 
 
 @pytest.mark.parametrize("shapes", LISTS.values(), ids=LISTS)
@@ -138,7 +104,7 @@ def test_gated_factors_training(benchmark: Any, contender: str, shapes: list[tup
     def call(inputs: Any) -> None:
         torch.autograd.grad(function(inputs[:count], inputs[count:]), list(inputs), upstream)
 
-    timing.measure(benchmark, call, directions + gates, bytes_moved=moved(directions, 5) + moved(gates, 3))
+    rows.measure(benchmark, call, directions + gates, bytes_moved=moved(directions, 5) + moved(gates, 3))
 
 
 @pytest.mark.parametrize("contender", ["naive", "foreach", *BACKENDS])
@@ -146,12 +112,12 @@ def test_gated_factors_training(benchmark: Any, contender: str, shapes: list[tup
 def test_funnel_penalty(benchmark: Any, contender: str) -> None:
     needs(contender, "funnel_penalty")
     gates, function = tensors(RESNET)[1], penalty_by(contender)
-    torch.testing.assert_close(function(gates), naive_penalty(gates, 0.1))
+    torch.testing.assert_close(function(gates), naive_penalty(gates))
 
     def call(inputs: Any) -> None:
         torch.autograd.grad(function(list(inputs)), list(inputs))
 
-    timing.measure(benchmark, call, gates, bytes_moved=moved(gates, 3))
+    rows.measure(benchmark, call, gates, bytes_moved=moved(gates, 3))
 
 
 @pytest.mark.parametrize("contender", ["loop", *BACKENDS])
@@ -166,7 +132,7 @@ def test_funnel_proximal(benchmark: Any, contender: str) -> None:
         for part in [[gate] for gate in inputs] if loop else [list(inputs)]:
             funnel_proximal_(part, 1e-6, 0.1, backend=backend)
 
-    timing.measure(benchmark, call, gates, bytes_moved=moved(gates, 2))
+    rows.measure(benchmark, call, gates, bytes_moved=moved(gates, 2))
 
 
 @pytest.mark.parametrize("contender", ["naive", *BACKENDS])
@@ -181,4 +147,11 @@ def test_count_below(benchmark: Any, contender: str) -> None:
         else:
             count_below(list(inputs), 0.02, backend=contender)
 
-    timing.measure(benchmark, call, gates, bytes_moved=moved(gates, 1))
+    rows.measure(benchmark, call, gates, bytes_moved=moved(gates, 1))
+
+
+@rows.of("gates")
+@pytest.mark.benchmark(group="gates")
+def test_family(benchmark: Any, case: Case) -> None:
+    """The registry's rows, on every device."""
+    rows.measured(benchmark, case)

@@ -2,7 +2,7 @@
 
     pytest bench/test_networks.py --benchmark-only
 
-Random weights at the ranks of tucker2_layers.RESNET18; the speed does not depend on what they recognise. Contenders:
+Random weights at the ranks of fastrank.benchmarks.layers; the speed does not depend on what they recognise. Contenders:
 "dense" is torchvision's network, "sequence" has three plain convolutions for each compressed layer, "auto" what
 `fastrank.compress` returns, "fused" what `fastrank.fuse_for_inference` makes of that, "fused dense" of the dense one;
 "fused cuda" and "fused triton" have their backend forced. On a GPU: bfloat16, channels_last, 224², eager, compiled and
@@ -11,7 +11,6 @@ in CUDA graphs. On a CPU: one image of 64² in float32, eager. Beside every spee
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 
 import fastrank
 from fastrank import complexity
-from fastrank.nn import FusedTucker2Conv
-from fastrank.plan import LayerPlan, Plan
+from fastrank.benchmarks import Case, timing
+from fastrank.benchmarks import tucker2_contenders as contenders
+from fastrank.benchmarks.layers import RESNET18
+from fastrank.benchmarks.networks import forced, replaced, resnet18_plan, sequential
 
 sys.path.insert(0, str(Path(__file__).parent))
-import timing
-import tucker2_contenders as contenders
-from tucker2_layers import RESNET18
+import rows
 
 GPU = timing.DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -40,41 +39,9 @@ BATCHES = (32, 1, 128, 8) if GPU else (1,)
 COMPILED = ("dense", "fused dense", "sequence", "fused")
 GRAPH_US = 4000.0
 Network = Callable[[Tensor], Tensor]
-# The layers whose sizes do not tell their ranks, in the order of tucker2_layers.
-LAST = ("layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2")
 
 if GPU:
     torch.backends.cudnn.benchmark = True
-
-
-def resnet18_plan(model: nn.Module) -> Plan:
-    """The ranks of tucker2_layers for all 3×3 convolutions."""
-    by_name = dict(zip(LAST, RESNET18[-len(LAST) :], strict=True))
-    by_size = {(each.in_channels, each.out_channels): each for each in RESNET18[: -len(LAST)]}
-    layers = {}
-    for name, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
-            layer = by_name.get(name) or by_size[conv.in_channels, conv.out_channels]
-            layers[name] = LayerPlan("tucker2", layer.ranks)
-    return Plan(layers)
-
-
-def with_backend(model: nn.Module, backend: str) -> nn.Module:
-    """A copy whose compressed layers have that backend."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if isinstance(module, FusedTucker2Conv):
-            module.backend = backend
-    return twin
-
-
-def as_sequence(model: nn.Module) -> nn.Module:
-    """A copy with plain convolutions in the place of compressed layers."""
-    twin = copy.deepcopy(model)
-    for name, module in list(twin.named_modules()):
-        if isinstance(module, FusedTucker2Conv):
-            twin.set_submodule(name, module.to_sequential())
-    return twin
 
 
 @cache
@@ -91,7 +58,7 @@ def networks() -> tuple[dict[str, nn.Module], dict[str, str], float]:
     found = {
         "dense": model,
         "fused dense": fastrank.fuse_for_inference(model, example),
-        "sequence": as_sequence(small),
+        "sequence": replaced(small, sequential),
         "auto": small,
         "fused": fused,
     }
@@ -99,7 +66,8 @@ def networks() -> tuple[dict[str, nn.Module], dict[str, str], float]:
     probe = contenders.problem(layer, 1, epilogue=True, dtype=DTYPE, device=timing.DEVICE, memory_format=FORMAT)
     refusals = contenders.refusals(probe, "forward")
     left_out = {name: refusals[name] for name in contenders.KERNELS if name in refusals}
-    found |= {f"fused {name}": with_backend(fused, name) for name in contenders.KERNELS if name not in left_out}
+    kernels = [name for name in contenders.KERNELS if name not in left_out]
+    found |= {f"fused {name}": replaced(fused, partial(forced, name)) for name in kernels}
     ready = {name: each.to(timing.DEVICE, DTYPE, memory_format=FORMAT).eval() for name, each in found.items()}
     for each in ready.values():
         each.requires_grad_(False)
@@ -179,3 +147,10 @@ def test_resnet18_compiled(benchmark: Any, batch: int) -> None:
     torch.compiler.reset()
     ready = networks()[0]
     run(benchmark, batch, {name: torch.compile(ready[name], dynamic=False) for name in COMPILED})
+
+
+@rows.of("networks")
+@pytest.mark.benchmark(group="networks")
+def test_family(benchmark: Any, case: Case) -> None:
+    """The registry's rows, on every device."""
+    rows.measured(benchmark, case)

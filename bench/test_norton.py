@@ -1,6 +1,6 @@
-"""NORTON's networks and its detector, one line of results each; what is measured and how: see norton.py.
+"""NORTON's networks and its detector (family networks), one line of results each; what is measured: see norton.py.
 
-    pytest bench/test_norton.py --benchmark-only
+    pytest bench/test_norton.py --full --benchmark-only
 
 On a GPU: the rows that are counted to the digit at all batches, the detector, the same rows compiled, then the others.
 On a CPU: the first of these, briefly (`python bench/norton.py` measures all of them). The benchmark's own time is that
@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from fastrank.benchmarks import timing
+
 sys.path.insert(0, str(Path(__file__).parent))
 import norton
-import timing
 
 SECONDS = 1.0
 EXACT = [row for row in norton.rows() if row.exact]

@@ -1,6 +1,6 @@
-"""U Vᵀ of all convolutions of a ResNet: the polar factor's schedules against what one would call instead, in turns.
+"""U Vᵀ of all convolutions of a ResNet (family linalg): the polar factor's schedules against other ways.
 
-    pytest bench/test_polar.py --benchmark-only --benchmark-json=polar.json
+    pytest bench/test_polar.py --full --benchmark-only --benchmark-json=polar.json
 
 On a CPU: wall times of the PyTorch contenders on some layers of ResNet-18 (the reference emulates the kernel's rounding
 and is slow on purpose). On a GPU: ResNet-50, the Triton kernels, and the times inside a CUDA graph. Ratios, errors and
@@ -9,10 +9,8 @@ dual gaps are printed and go into extra_info. Muon's five steps are no sub-gradi
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fastrank import _backends
+from fastrank.benchmarks import timing
+from fastrank.benchmarks.linalg_contenders import MUON, newton_schulz
 from fastrank.ops.polar import polar_factors
 from fastrank.reference.polar import SCHEDULES, coefficients
-
-sys.path.insert(0, str(Path(__file__).parent))
-import timing
 
 DEVICE = timing.DEVICE
 Factors = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -38,7 +35,6 @@ RESNET50 = [
 ]  # fmt: skip
 RESNET18_HALF = [((64, 147), 1), ((64, 576), 4), ((128, 576), 1), ((128, 1152), 3), ((128, 64), 1)]
 QUINTICS = coefficients(1e-3, 8)  # for the plain form: 1e-3 of the Frobenius norm
-MUON = [(3.4445, -4.7750, 2.0315)] * 5
 
 
 def weights() -> list[Tensor]:
@@ -61,24 +57,6 @@ def by_svd(driver: str | None = None) -> Factors:
     return call
 
 
-def by_loop(quintics: Sequence[tuple[float, float, float]], dtype: torch.dtype = torch.float32) -> Factors:
-    """X ← a X + (b G + c G²) X, layer by layer."""
-
-    def call(matrices: Sequence[Tensor]) -> list[Tensor]:
-        found = []
-        for matrix in matrices:
-            tall = matrix.shape[0] > matrix.shape[1]
-            x = matrix.mT if tall else matrix
-            x = (x / x.norm()).to(dtype)
-            for a, b, c in quintics:
-                gram = x @ x.mT
-                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-            found.append((x.mT if tall else x).to(matrix.dtype))
-        return found
-
-    return call
-
-
 def by_foreach(matrices: Sequence[Tensor]) -> list[Tensor]:
     """The same with torch._foreach_mm: one grouped product for all layers."""
     foreach_mm = torch._foreach_mm  # type: ignore[attr-defined]
@@ -94,7 +72,7 @@ def by_foreach(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def contenders() -> tuple[dict[str, Factors], set[str]]:
     """Everything that can run here, and the names of those that a CUDA graph cannot hold."""
-    found: dict[str, Factors] = {"svd": by_svd(), "newton_schulz": by_loop(QUINTICS), "muon": by_loop(MUON)}
+    found: dict[str, Factors] = {"svd": by_svd(), "newton_schulz": newton_schulz(QUINTICS), "muon": newton_schulz(MUON)}
     waiting = {"svd"}
     if hasattr(torch, "_foreach_mm"):
         found["foreach_mm"] = by_foreach
@@ -102,8 +80,8 @@ def contenders() -> tuple[dict[str, Factors], set[str]]:
         for driver in ("gesvd", "gesvdj", "gesvda"):
             found[f"svd_{driver}"] = by_svd(driver)
             waiting.add(f"svd_{driver}")
-        found["newton_schulz_fp16"] = by_loop(QUINTICS, torch.float16)
-        found["muon_bf16"] = by_loop(MUON, torch.bfloat16)
+        found["newton_schulz_fp16"] = newton_schulz(QUINTICS, torch.float16)
+        found["muon_bf16"] = newton_schulz(MUON, torch.bfloat16)
     verdict = _backends.explain(_backends.facts("polar_factors", torch.empty(0, device=DEVICE)))["triton"]
     kernel = "triton" if verdict and DEVICE == "cuda" else "reference"  # the interpreter is no contender
     for plan in SCHEDULES:

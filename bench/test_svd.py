@@ -1,6 +1,6 @@
-"""Convolutions in the channel scheme, kh×kw I→R and 1×1 R→O, against the library, layer by layer.
+"""Convolutions in the channel scheme, kh×kw I→R and 1×1 R→O, against the library, layer by layer (family tucker2).
 
-    pytest bench/test_svd.py --benchmark-only
+    pytest bench/test_svd.py --full --benchmark-only
 
 Contenders: the dense layer that was compressed, two library convolutions, and the fused Triton kernel over weights that
 are packed before; with bias and ReLU. On a GPU: bfloat16, channels_last, cudnn.benchmark, times inside a CUDA graph
@@ -10,9 +10,7 @@ with cold inputs. On a CPU: float32, contiguous, wall time, and no Triton, whose
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +18,8 @@ import torch
 from torch import Tensor
 
 from fastrank import _backends, reference
+from fastrank.benchmarks import timing
 from fastrank.ops import _conv
-
-sys.path.insert(0, str(Path(__file__).parent))
-import timing
 
 GPU = timing.DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32

@@ -2,9 +2,9 @@
 
     pytest bench/test_tucker2.py --benchmark-only
 
-Contenders (tucker2_contenders.py): the dense layer that was compressed, three library convolutions with ranks as given
-and padded to multiples of 8, fastrank's kernels over weights packed before, torch.compile, and the layer as users call
-it. "plain" is the convolution alone, "epilogue" with bias, residual (where maps allow) and ReLU.
+Contenders (fastrank.benchmarks.tucker2_contenders): the dense layer that was compressed, three library convolutions
+with ranks as given and padded to multiples of 8, fastrank's kernels over weights packed before, torch.compile, and the
+layer as users call it. "plain" is the convolution alone, "epilogue" with bias, residual (where maps allow) and ReLU.
 
 On a GPU: bfloat16, channels_last, cudnn.benchmark; times inside a CUDA graph with cold inputs and weights, the same
 warm, and eager wall time. On a CPU: float32, contiguous, wall time of a few layers. Contenders of a row take turns in
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from fastrank import _backends
+from fastrank.benchmarks import Case, timing
+from fastrank.benchmarks import tucker2_contenders as contenders
+from fastrank.benchmarks.layers import FORWARD_BATCHES, OTHERS, RESNET18, TRAINED_BATCHES, Layer, floor_us, peaks
+from fastrank.benchmarks.tucker2_contenders import Problem, Thunk
 
 sys.path.insert(0, str(Path(__file__).parent))
-import timing
-import tucker2_contenders as contenders
+import rows
 import tucker2_warm
-from tucker2_contenders import Problem, Thunk
-from tucker2_layers import FORWARD_BATCHES, OTHERS, RESNET18, TRAINED_BATCHES, Layer, floor_us, peaks
 
 GPU = timing.DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -45,7 +46,7 @@ if GPU:
     torch.backends.cudnn.benchmark = True
 
 
-def rows(names: Sequence[str], batches: Sequence[int]) -> Any:
+def layers(names: Sequence[str], batches: Sequence[int]) -> Any:
     """Every layer at every batch, batch by batch, as parameters of a test."""
     if not GPU:
         names, batches = [name for name in names if name in ON_A_CPU], sorted({min(n, 8) for n in batches})
@@ -189,7 +190,7 @@ def room(warm_cache: None) -> Any:
         torch.cuda.empty_cache()
 
 
-@rows([layer.name for layer in RESNET18], FORWARD_BATCHES)
+@layers([layer.name for layer in RESNET18], FORWARD_BATCHES)
 @pytest.mark.benchmark(group="tucker2 forward")
 def test_forward(benchmark: Any, layer: Layer, batch: int) -> None:
     run_forward(benchmark, layer, batch, {}, list(contenders.CONTENDERS))
@@ -219,7 +220,7 @@ def test_host(benchmark: Any) -> None:
     benchmark.extra_info.update(facts(layer, 1, "inference", p), left_out=left_out, host=host)
 
 
-@rows([layer.name for layer in RESNET18], TRAINED_BATCHES)
+@layers([layer.name for layer in RESNET18], TRAINED_BATCHES)
 @pytest.mark.benchmark(group="tucker2 forward and backward")
 def test_training(benchmark: Any, layer: Layer, batch: int) -> None:
     p = make(layer, batch, False)
@@ -241,7 +242,7 @@ def test_training(benchmark: Any, layer: Layer, batch: int) -> None:
     assert not bad, bad
 
 
-@rows(COMPILED, (1, 32))
+@layers(COMPILED, (1, 32))
 @pytest.mark.benchmark(group="tucker2 compiled")
 def test_compiled(benchmark: Any, layer: Layer, batch: int) -> None:
     """The layer against what torch.compile finds for three convolutions after trying everything."""
@@ -252,7 +253,14 @@ def test_compiled(benchmark: Any, layer: Layer, batch: int) -> None:
     )
 
 
-@rows([layer.name for layer in OTHERS], FORWARD_BATCHES)
+@layers([layer.name for layer in OTHERS], FORWARD_BATCHES)
 @pytest.mark.benchmark(group="tucker2 forward")
 def test_forward_of_other_networks(benchmark: Any, layer: Layer, batch: int) -> None:
     run_forward(benchmark, layer, batch, {}, list(contenders.CONTENDERS))
+
+
+@rows.of("tucker2")
+@pytest.mark.benchmark(group="tucker2")
+def test_family(benchmark: Any, case: Case) -> None:
+    """The registry's rows, on every device."""
+    rows.measured(benchmark, case)

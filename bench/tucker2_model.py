@@ -7,9 +7,8 @@ No GPU is needed: a model, not a measurement. Clocks are taken at 1.755 GHz.
 
 from __future__ import annotations
 
-from tucker2_layers import PEAKS, RESNET18, floor_us
-
 from fastrank import _backends, _native
+from fastrank.benchmarks.layers import PEAKS, RESNET18, floor_us
 
 CARD = (True, 132, 227 * 1024)
 CLOCKS_A_US = 1755.0

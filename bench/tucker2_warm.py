@@ -13,8 +13,9 @@ import sys
 import time
 
 import torch
-import tucker2_contenders as contenders
-from tucker2_layers import FORWARD_BATCHES, RESNET18, TRAINED_BATCHES
+
+from fastrank.benchmarks import tucker2_contenders as contenders
+from fastrank.benchmarks.layers import FORWARD_BATCHES, RESNET18, TRAINED_BATCHES
 
 SECONDS, MOST_PROCESSES = 45.0, 12
 

@@ -180,7 +180,7 @@ def results(tmp_path) -> Any:
              name: {"p50_us": us} for name, us in {"sequence": 40, "dense": 12, "triton": fused}.items()}}}
         for channels, rank, fused in ((128, 1, 4), (256, 1, 4), (256, 4, 10))
     ]  # fmt: skip
-    write(tmp_path / "bench_depthwise.jsonl", cp)
+    write(tmp_path / "bench_cp.jsonl", cp)
     gates = [
         {"name": f"test_gated_factors[{name}]", "group": "gated_factors, forward",
          "extra_info": {"bytes_moved": 4.3e6 * 20, "cold_graph": {"p50_us": us}}}
@@ -245,4 +245,4 @@ def test_goals_are_printed_and_written(results, monkeypatch, capsys) -> None:
     assert "Measured on a card, torch 2, CUDA 13, cuDNN 9." in shown
     monkeypatch.setattr(sys, "argv", ["goals.py", str(results / "nowhere")])
     assert goals.main() == 2
-    assert capsys.readouterr().err.endswith("nowhere has no results of tucker2, networks, depthwise, gates\n")
+    assert capsys.readouterr().err.endswith("nowhere has no results of tucker2, networks, cp, gates\n")

@@ -35,6 +35,7 @@ SOURCES = (
     "CHANGELOG.md",
     "CITATION.cff",
     "CONTRIBUTING.md",
+    "SECURITY.md",
 )
 LARGEST_WHEEL = 20e6
 

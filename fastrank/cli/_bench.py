@@ -12,6 +12,7 @@ import typer
 from torch import nn
 
 from fastrank import report, tune
+from fastrank.cli import _bench_families
 from fastrank.cli._common import Input, Json, app, blank, network_of, out, print_json, size_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,7 +24,10 @@ STANDARD_MACS = 3e9
 BACKENDS = ("dense", "sequence", "depthwise", "triton", "cuda")
 
 
-@app.command(epilog="Example: fastrank bench small.safetensors --input 3,224,224 --batch 1,8 --tune")
+@app.command(
+    epilog="Example: fastrank bench small.safetensors --input 3,224,224 --batch 1,8 --tune, "
+    "or fastrank bench --family tucker2,cp --compare dense,sequence,tltorch"
+)
 def bench(
     model: Annotated[str | None, typer.Argument(help="A compressed model; the standard layers by default.")] = None,
     arch: Annotated[str | None, typer.Option(help="A dense architecture, as if compressed; see --share.")] = None,
@@ -32,25 +36,35 @@ def bench(
     share: Annotated[float, typer.Option(help="Ranks over channels of --arch and of the standard layers.")] = 0.4,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Inputs in channels_last.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu (the default), cuda or cuda:N.")] = None,
     do_tune: Annotated[bool, typer.Option("--tune", help="Let auto choose by what is measured from now on.")] = False,
     threads: Annotated[str | None, typer.Option(help="With --tune: CPU threads to measure at.", metavar="N,N")] = None,
     effort: Annotated[float, typer.Option(help="With --tune: a factor to the number of calls measured.")] = 1.0,
     save_to: Annotated[Path | None, typer.Option("--out", help="With --tune: a file instead of your cache.")] = None,
+    family: _bench_families.Family = None,
+    compare: _bench_families.Compare = None,
+    seconds: _bench_families.Seconds = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Time dense, sequence and kernels of every compressed layer on this machine, in turns.
+    """Time dense, sequence and kernels of every compressed layer on this machine, in turns; or, with --family, the
+    benchmarks of whole families of operations against what one would call instead.
 
     Without a model, --tune measures standard layers in both layouts, as Tucker-2 and as CP, and a cost model of this
     CPU too, by which layers are served that were never measured.
     """
+    if family is not None:
+        if model is not None or arch is not None or do_tune:
+            raise ValueError("--family must stand without a model, --arch and --tune, got one of them")
+        raise typer.Exit(_bench_families.show(family, compare, seconds, device, as_json=as_json))
+    if compare is not None:
+        raise ValueError("--compare must go with --family, got it alone")
     if model is not None and arch is not None:
         raise ValueError("a model or --arch must be given, and not both, got both")
     if not do_tune and (save_to is not None or threads is not None):
         raise ValueError("--out and --threads must go with --tune, got one without it")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {list(DTYPES)}, got {dtype!r}")
-    batches, place = _numbers("--batch", batch), torch.device(device)
+    batches, place = _numbers("--batch", batch), torch.device(device or "cpu")
     counts = _numbers("--threads", threads) if threads else [torch.get_num_threads()]
     table = tune.empty_table(place) if save_to is not None else tune.table_of(place)
     a_cpu = do_tune and model is None and arch is None and place.type == "cpu"  # as a whole

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from fastrank import _memory
 from fastrank.ops import _counts, _parallel, _spectra
 from fastrank.ops._spectra import PROJECTION, SUBGRADIENT
 from fastrank.reference import linalg as truth
@@ -32,7 +33,10 @@ SINGLE_ROWS = 96  # below, float64 takes hardly longer than float32
 
 
 class Decomposition(NamedTuple):
-    """A (B, n, m), its Gram eigenvalues (B, n) descending and vectors (B, n, n), in the precision they need; k (B,)."""
+    """A (B, n, m), its Gram eigenvalues (B, n) descending and vectors (B, n, n), in the precision they need; k (B,).
+
+    A of projections stays as it is.
+    """
 
     oriented: Tensor
     values: Tensor
@@ -54,7 +58,15 @@ def spectral(
     groups = _spectra.groups(matrices)
 
     def solve(group: _spectra.Group) -> list[int]:
-        places, (found, broken) = group.places, decompose_finite(group.oriented, kind, energy)
+        def part(rows: Sequence[int]) -> list[int]:
+            places = group.places[rows[0] : rows[-1] + 1]
+            return solve_batch(places, group.oriented[rows[0] : rows[-1] + 1])
+
+        rows = range(len(group.places))
+        return _memory.in_parts(part, rows, lambda row: f"matrices[{group.places[row]}]")
+
+    def solve_batch(places: list[int], a: Tensor) -> list[int]:
+        found, broken = decompose_finite(a, kind, energy)
         factors = zip(*factorised(found, kind), strict=True)
         for place, (left, right), k in zip(places, factors, found.ranks, strict=True):
             target = targets[place] if targets is not None else None
@@ -107,12 +119,14 @@ def decompose(a: Tensor, kind: str, energy: float | None, g: Tensor | None = Non
         ok = inside & resolved(values, k, kind, energy)
         if bool(ok.all()):
             return Decomposition(a, values, basis, k)
-    a = a.double()
-    if bool(ok.any()):
+    mixed = bool(ok.any())
+    if mixed:
         values, basis = values.double(), basis.double()
-        values[~ok], basis[~ok] = eigh(_spectra.gram(a[~ok]))
-    else:
-        values, basis = eigh(_spectra.gram(a))
+        values[~ok], basis[~ok] = eigh(_spectra.gram(a[~ok].double()))
+    if kind != PROJECTION:  # those are formed in float32 (see `factorised`)
+        a = a.double()
+    if not mixed:
+        values, basis = eigh(_spectra.gram(a.double()))
     return Decomposition(a, values, basis, _spectra.kept_rank(values, kind, energy, longest, EPS))
 
 

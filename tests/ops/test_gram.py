@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from bench_modules import load
 from helpers import EPS, l2_relative, randn
 
 from fastrank import ops
@@ -75,6 +76,19 @@ def test_a_batch_of_easy_and_hard_matrices(energy):
     for w, g in zip(stacked, together, strict=True):
         (alone,) = ops.nuclear_subgradient([w], energy=energy, backend="gram")
         assert l2_relative(g, alone) <= 2e-4
+
+
+def test_one_hard_matrix_leaves_a_batch_of_projections_in_float32():
+    held, count = {}, 20
+    for last in ("decaying", "noise"):
+        found = _gram.decompose(planted(last)[None], _spectra.PROJECTION, 0.9)
+        assert found.values.dtype == (torch.float64 if last == "noise" else torch.float32)
+        matrices = [*[planted("decaying")] * (count - 1), planted(last)]
+        with load("growth_memory").LiveBytes() as live:
+            ops.project_energy(matrices, 0.9, backend="gram")
+        held[last] = live.peak
+    # Eigenvalues and bases of all are then in float64, the matrices are not.
+    assert held["noise"] <= held["decaying"] + 8 * count * (N * N + N)
 
 
 @pytest.mark.parametrize("n", [256, 257, 300])

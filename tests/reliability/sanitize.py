@@ -31,10 +31,9 @@ TESTS = (
     "tests/ops/test_gate_lists.py",
     "tests/ops/test_linalg_kernels.py",
     "tests/ops/test_tucker2_kernels.py",
-    "tests/nn/test_prepared_kernels.py",
-    "tests/test_native.py",
 )
-LIMIT_S = 3000.0
+LIMIT_S = 5400.0
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "--tb=short")
 PROBE = r"""
 #include <cstdlib>
 #include "common/reduce.cuh"
@@ -95,6 +94,7 @@ def library(name: str) -> str:
 def main() -> int:
     parser = outcome.parser(__doc__)
     parser.add_argument("--tests", nargs="+", default=list(TESTS), help="files or folders of tests")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of pytest")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -106,7 +106,7 @@ def main() -> int:
         # Python is not compiled with them, so they have to be there before everything else.
         preload = " ".join(library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so"))
         code, text = copy.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *options.tests],
+            [*PYTEST, "-n", str(options.jobs), *options.tests],
             LIMIT_S,
             LD_PRELOAD=preload,
             # What Python and torch leave behind at their end is not looked for; torch's allocator aligns by itself.

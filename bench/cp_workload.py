@@ -1,6 +1,6 @@
 """A small run of the Triton kernels of CP, decoupled and channel SVD layers, for compute-sanitizer, with gradients.
 
-    python bench/depthwise_workload.py [--device cuda|cpu]
+    python bench/cp_workload.py [--device cuda|cpu]
 
 `--device cpu` runs the same calls by Triton's interpreter.
 """

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tucker2_layers import Layer
 
 from fastrank import _backends, reference
+from fastrank.benchmarks import _registry
+from fastrank.benchmarks._peers import compiled_call, tltorch_tucker2
+from fastrank.benchmarks._registry import KERNELS as KERNELS
+from fastrank.benchmarks._registry import Thunk
+from fastrank.benchmarks.layers import Layer
 from fastrank.nn import FusedTucker2Conv
 from fastrank.ops import _conv, tucker2_conv2d
-
-Thunk = Callable[[], Any]
-KERNELS = ("cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,6 @@ def auto(p: Problem) -> Thunk:
 
 def compiled() -> Callable[[Problem], Thunk]:
     """What torch.compile makes of three convolutions and their epilogue; compiled once for all copies of a problem."""
-    torch.compiler.reset()
 
     def three(
         x: Tensor, first: Tensor, middle: Tensor, last: Tensor, bias: Any, residual: Any, p: Any, activation: str
@@ -184,12 +184,18 @@ def compiled() -> Callable[[Problem], Thunk]:
         z = F.conv2d(F.conv2d(x, first), middle, None, *p)
         return reference.conv.epilogue(F.conv2d(z, last, bias), residual, activation)
 
-    # Graphs are captured by the caller, for all contenders alike.
-    fast = torch.compile(three, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+    def build(p: Problem) -> Thunk:
+        return compiled_call(three, p.x, *weights(p), p.bias, p.residual, p.geometry, p.activation)
+
+    return build
+
+
+def tltorch(way: str) -> Callable[[Problem], Thunk]:
+    """tensorly-torch's layer over the same factors, by one of its ways."""
 
     def build(p: Problem) -> Thunk:
-        arguments = (p.x, *weights(p), p.bias, p.residual, p.geometry, p.activation)
-        return lambda: fast(*arguments)
+        layer = tltorch_tucker2(*p.factors, p.bias, p.layer.stride, 1, way)
+        return lambda: finish(layer(p.x), p.residual, p.activation)
 
     return build
 
@@ -202,11 +208,7 @@ CONTENDERS: dict[str, Callable[[Problem], Thunk]] = {
 def refusals(p: Problem, call: str) -> dict[str, str]:
     """The contenders that cannot run a problem, or need not, each with the reason."""
     last = p.memory_format is torch.channels_last
-    facts = _backends.facts("tucker2_conv2d", p.x, p.layer.work(p.x.shape[0], last, call))
-    verdicts = _backends.explain(facts)
-    found = {name: verdicts[name].reason for name in KERNELS if not verdicts[name]}
-    if facts.interpreter and "triton" not in found:
-        found["triton"] = "Triton's interpreter is no contender"
+    found = _registry.refusals("tucker2_conv2d", p.x.device, p.x.dtype, p.layer.work(p.x.shape[0], last, call))
     if not any(rank % 8 for rank in p.layer.ranks):
         found["padded"] = "the ranks are multiples of 8 as given"
     return found
@@ -242,6 +244,27 @@ def training(name: str) -> Callable[[Problem], Thunk]:
     def build(p: Problem) -> Thunk:
         (leaves, forward), upstream = trained(name, p), p.upstream()
         return lambda: torch.autograd.grad(forward(), leaves, upstream)
+
+    return build
+
+
+def tltorch_training(way: str) -> Callable[[Problem], Thunk]:
+    """The same of tensorly-torch's layer; its factors along the kernel are identities, and stay so."""
+
+    def build(p: Problem) -> Thunk:
+        layer = tltorch_tucker2(*p.factors, None, p.layer.stride, 1, way)
+        found = dict(layer.named_parameters())
+        core, (w_out, w_in, *_) = (
+            next(t for name, t in found.items() if name.endswith("core")),
+            [t for name, t in found.items() if "factor_" in name],
+        )
+        x, upstream = p.x.detach().requires_grad_(), p.upstream()
+
+        def call() -> tuple[Tensor, ...]:
+            of_x, of_in, of_core, of_out = torch.autograd.grad(layer(x), (x, w_in, core, w_out), upstream)
+            return of_x, of_in.T, of_core, of_out
+
+        return call
 
     return build
 

@@ -1,26 +1,23 @@
-"""Timing on a GPU: CUDA graphs over rotating inputs (cold L2), the same on one input (warm), and eager wall time.
+"""Timing: CUDA graphs over rotating inputs (cold L2), the same on one input (warm), wall time of calls and of the host.
 
 A figure is a median with its p20 and p80 beside it, in microseconds a call. Contenders of one comparison are measured
-in turns, so that a drift of the clocks meets all of them.
+in turns, every round in another order, so that a drift of the clocks meets all of them.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import shutil
+import random
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib.util import find_spec
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastrank.benchmarks._environment import environment as environment
 
 Call = Callable[[Sequence[Tensor]], Any]
 Thunk = Callable[[], Any]
@@ -45,34 +42,6 @@ class Quantiles:
         return asdict(self)
 
 
-@cache
-def environment() -> dict[str, Any]:
-    """The machine, the clocks as first found, and the versions that a figure depends on."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        "triton": __import__("triton").__version__ if find_spec("triton") else None,
-        "cpu": platform.processor() or platform.machine(),
-        "cpu_threads": torch.get_num_threads(),
-        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = properties.name
-        found["l2_bytes"] = properties.L2_cache_size
-        found["multiprocessors"] = properties.multi_processor_count
-    if shutil.which("nvidia-smi"):
-        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        found["nvidia_smi"] = dict(zip(fields.split(","), shown.split(", "), strict=False))
-    return found
-
-
 def copies(size: int, at_most: int) -> int:
     """How many copies of `size` bytes it takes to push one out of the L2 cache before it comes round again."""
     cached = torch.cuda.get_device_properties(0).L2_cache_size if DEVICE == "cuda" else 0
@@ -87,7 +56,7 @@ def rotation(tensors: Sequence[Tensor], at_most: int = 64) -> list[list[Tensor]]
 
 def capture(thunks: Sequence[Thunk], calls: int) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `calls` calls, of the thunks in turn."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for thunk in thunks:
@@ -100,21 +69,26 @@ def capture(thunks: Sequence[Thunk], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_times(thunks: Mapping[str, Sequence[Thunk]], calls: Mapping[str, int], repeats: int) -> dict[str, Quantiles]:
-    """Time of one call inside CUDA graphs of so many calls each, replayed in turns."""
+def replays(thunks: Mapping[str, Sequence[Thunk]], calls: Mapping[str, int], repeats: int) -> dict[str, list[float]]:
+    """Microseconds of one call, round by round, inside CUDA graphs of so many calls each, replayed in turns."""
     graphs = {name: capture(those, calls[name]) for name, those in thunks.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     for graph in graphs.values():
         graph.replay()
-    for _ in range(repeats):
-        for name, graph in graphs.items():
+    for names in orders(list(graphs), repeats):
+        for name in names:
             start.record()
-            graph.replay()
+            graphs[name].replay()
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) * 1e3 / calls[name])
-    return {name: Quantiles.of(values) for name, values in times.items()}
+    return times
+
+
+def replay_times(thunks: Mapping[str, Sequence[Thunk]], calls: Mapping[str, int], repeats: int) -> dict[str, Quantiles]:
+    """The same as quantiles."""
+    return {name: Quantiles.of(values) for name, values in replays(thunks, calls, repeats).items()}
 
 
 def graph_times(
@@ -126,13 +100,19 @@ def graph_times(
     return replay_times(thunks, dict.fromkeys(contenders, calls), repeats)
 
 
-def long_graph_times(thunks: Mapping[str, Sequence[Thunk]], *, least_us: float, repeats: int) -> dict[str, Quantiles]:
-    """Time of one call inside CUDA graphs of about `least_us` that make every call of a list equally often."""
+def long_graphs(thunks: Mapping[str, Sequence[Thunk]], *, least_us: float, repeats: int) -> dict[str, list[float]]:
+    """Microseconds of one call, round by round, inside CUDA graphs of about `least_us` that make every call of a list
+    equally often."""
     calls = {}
     for name, those in thunks.items():
-        (first,) = in_turns({name: those[0]}, 1).values()  # with the launches, so an upper bound
+        (first,) = in_turns({name: those[0]}, 3).values()  # with the launches, so an upper bound
         calls[name] = len(those) * max(1, round(least_us / (min(first) * len(those))))
-    return replay_times(thunks, calls, repeats)
+    return replays(thunks, calls, repeats)
+
+
+def long_graph_times(thunks: Mapping[str, Sequence[Thunk]], *, least_us: float, repeats: int) -> dict[str, Quantiles]:
+    """The same as quantiles."""
+    return {name: Quantiles.of(us) for name, us in long_graphs(thunks, least_us=least_us, repeats=repeats).items()}
 
 
 def host_times(calls: Mapping[str, Thunk], *, burst: int = 64, rounds: int = 15) -> dict[str, Quantiles]:
@@ -170,52 +150,66 @@ def eager_times(contenders: dict[str, Call], tensors: Sequence[Tensor], *, repea
     return {name: Quantiles.of(values) for name, values in times.items()}
 
 
+def orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """The names once a round, every round in another order: who runs behind whom finds other things in the caches."""
+    chance = random.Random(0)
+    for _ in range(rounds):
+        yield chance.sample(list(names), len(names))
+
+
+def once(call: Thunk, repeats: int = 1) -> float:
+    """Microseconds a call, over `repeats` calls, the host's work included and the device waited for."""
+    synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return (time.perf_counter() - begin) * 1e6 / repeats
+
+
 def in_turns(
     calls: Mapping[str, Thunk], rounds: int, before: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
-    """Microseconds of each call, `rounds` times each, one after the other; `before` runs ahead of every round."""
+    """Microseconds of each call, `rounds` times each, in turns; `before` runs ahead of every round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(rounds):
+    for names in orders(list(calls), rounds):
         if before is not None:
             before()
-        for name, call in calls.items():
-            synchronize()
-            begin = time.perf_counter()
-            call()
-            synchronize()
-            times[name].append((time.perf_counter() - begin) * 1e6)
+        for name in names:
+            times[name].append(once(calls[name]))
+    return times
+
+
+def for_seconds(
+    calls: Mapping[str, Thunk],
+    seconds: float,
+    *,
+    before: Callable[[], None] | None = None,
+    least: int = 5,
+    most: int = 60,
+    least_us: float = 1000.0,
+) -> dict[str, list[float]]:
+    """Microseconds of each call, in turns for about so many seconds, between `least` and `most` rounds.
+
+    A measurement of a round is of as many calls as take `least_us`, since clocks and machines are noisy below. `before`
+    runs ahead of every round.
+    """
+    for call in calls.values():
+        call()
+    first = {name: once(call) for name, call in calls.items()}
+    repeats = {name: max(1, round(least_us / us)) for name, us in first.items()}
+    round_s = sum(us * repeats[name] for name, us in first.items()) * 1e-6
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for names in orders(list(calls), min(max(round(seconds / max(round_s, 1e-9)), least), most)):
+        if before is not None:
+            before()
+        for name in names:
+            times[name].append(once(calls[name], repeats[name]))
     return times
 
 
 def ratio(those: Sequence[float], these: Sequence[float]) -> float:
     """How many times as long those took, round by round: the median."""
     return statistics.median(a / b for a, b in zip(those, these, strict=True))
-
-
-def cases(path: str, keep: str = "") -> list[dict[str, Any]]:
-    """Name and extra_info of each case of pytest-benchmark's JSON; written to the file `keep`, where one is named."""
-    text = Path(path).read_text(encoding="utf-8")
-    found = [{key: each[key] for key in ("name", "extra_info")} for each in json.loads(text)["benchmarks"]]
-    if keep:
-        Path(keep).write_text(json.dumps({"benchmarks": found}, indent=1) + "\n", encoding="utf-8")
-    return found
-
-
-def measure(benchmark: Any, call: Call, inputs: list[Tensor], **facts: Any) -> None:
-    """pytest-benchmark's wall time of synchronised calls; on a GPU the cold and warm graph times beside it.
-
-    `facts` (bytes moved, multiply-adds, ...) go into extra_info with the environment.
-    """
-
-    def run() -> None:
-        call(inputs)
-        synchronize()
-
-    benchmark.extra_info.update(environment=environment(), **facts)
-    if DEVICE == "cuda":
-        for cold in (True, False):
-            found = graph_times({"call": call}, inputs, cold=cold, calls=16)["call"]
-            benchmark.extra_info["cold_graph" if cold else "warm_graph"] = found.as_dict()
-    benchmark.pedantic(run, rounds=10, warmup_rounds=2)

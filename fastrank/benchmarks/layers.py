@@ -1,7 +1,8 @@
-"""The 3×3 convolutions that the Tucker-2 benchmarks run: their ranks, their places in networks, their floors."""
+"""The convolutions that benchmarks run: their ranks, their places in networks, their floors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -131,3 +132,40 @@ OTHERS = (
     _layer("256-512, 28x28", 256, 512, 1, 28, vgg=1),
     _layer("512, 14x14", 512, 512, 1, 14, vgg=3),
 )
+# (channels in and out, size of the map) of the 3×3 convolutions as CP filters, and their ranks.
+CP_LAYERS = ((64, 56), (128, 28), (256, 14))
+CP_RANKS = (1, 2, 4)
+# (O, I, kernel) of all convolutions of a network.
+RESNET18_CONVS = (
+    (64, 3, 7),
+    *((64, 64, 3),) * 4,
+    *((128, 64, 3), (128, 64, 1), *((128, 128, 3),) * 3),
+    *((256, 128, 3), (256, 128, 1), *((256, 256, 3),) * 3),
+    *((512, 256, 3), (512, 256, 1), *((512, 512, 3),) * 3),
+)
+RESNET50_CONVS = (
+    (64, 3, 7),
+    *(
+        shape
+        for width, blocks, before in ((64, 3, 64), (128, 4, 256), (256, 6, 512), (512, 3, 1024))
+        for block in range(blocks)
+        for shape in (
+            (width, before if block == 0 else 4 * width, 1),
+            (width, width, 3),
+            (4 * width, width, 1),
+            *(((4 * width, before, 1),) if block == 0 else ()),
+        )
+    ),
+)
+# Lists of tensors of one shape, told by their bytes: where the bandwidth of a kernel shows.
+MEBIBYTE = 2**20 // 4
+LARGE_LISTS = {
+    f"{size} MB of rows of {row}": [(MEBIBYTE * size // 8 // row, row)] * 8
+    for size in (64, 256, 1024)
+    for row in (64, 576, 4608)
+}
+
+
+def gated_shapes(convs: Sequence[tuple[int, int, int]]) -> list[tuple[int, ...]]:
+    """The three factors of every 3×3 convolution (O, I, 3) as a full-rank Tucker-2."""
+    return [shape for o, i, k in convs if k == 3 for shape in ((i, i), (o, i, 3, 3), (o, o))]
