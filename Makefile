@@ -69,19 +69,19 @@ compare: $(READY)
 	$(BIN)/python bench/compare.py --base $(BASE)
 
 fuzz: $(READY)
-	$(BIN)/python tests/reliability/fuzz.py $(KEEP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/fuzz.py $(KEEP)
 
 faults: $(READY)
-	$(BIN)/python tests/reliability/kills.py $(KEEP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/kills.py $(KEEP)
 
 mutants: $(READY)
-	$(BIN)/python tests/reliability/mutants.py $(KEEP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/mutants.py $(KEEP)
 
 coverage: $(READY)
 	$(BIN)/python tests/reliability/covered.py $(KEEP)
 
 soak: $(READY)
-	$(BIN)/python tests/reliability/soak.py $(KEEP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/soak.py $(KEEP)
 
 sanitize: $(READY)
 	$(BIN)/python tests/reliability/sanitize.py $(KEEP)

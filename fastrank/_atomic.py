@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # a system without locks of this kind
+    fcntl = None  # type: ignore[assignment]
 
 
 def require_place(path: str | os.PathLike[str], suffix: str = "") -> Path:
@@ -31,12 +38,28 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace the file at `path` by `data`: whoever reads, or crashes, at any moment finds the old file or the new one.
 
     The bytes go to a hidden temporary file beside `path`, reach the disk, and take its name. A failure removes the
-    temporary file; a killed process may leave one behind, see `remove_leftovers`. Raises OSError.
+    temporary file; a killed process may leave one behind, see `remove_leftovers`. Raises OSError, which names `path`.
     """
     path = require_place(path)
     if path.exists() and not path.is_file():
         path.write_bytes(data)  # a device or a pipe: replacing it would turn it into a file
         return
+    with naming(path):
+        _replace(path, data)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have the system's errors, which of a full disk name no file, say which one was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -62,3 +85,23 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     for entry in os.scandir(path.parent):  # not glob: a name may hold brackets
         if entry.name.startswith(leading) and entry.name.endswith(".tmp"):
             Path(entry.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have one process at a time read the file at `path` and write it anew; the others wait.
+
+    What is locked is ``.NAME.lock`` beside it, which stays. A process that ends, however it does, gives its lock up.
+    Systems and file systems without such locks let everybody in.
+    """
+    path = Path(path)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # some network file systems have none
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MAX_DIGITS = 400
 
 
 def fail(name: str, expected: str, got: object) -> ValueError:
@@ -68,7 +71,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         raise fail_type(name, "an int", value)
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise fail(name, f"an int {bounds}", value)
+        raise fail(name, f"an int {bounds}", shown(value))
     return value
 
 
@@ -76,14 +79,25 @@ def number(name: str, value: Any, low: float, high: float = math.inf, *, open_lo
     """`value` as a finite float in [low, high], or in (low, high] where `open_low`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise fail_type(name, "a number", value)
-    inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
+    inside = (low < value if open_low else low <= value) and value <= high and finite_number(value)
     if not inside:
         left = "(" if open_low else "["
         interval = (
             f"in {left}{low:g}, {high:g}]" if math.isfinite(high) else f"{'above' if open_low else 'at least'} {low:g}"
         )
-        raise fail(name, f"a finite number {interval}", value)
+        raise fail(name, f"a finite number {interval}", shown(value))
     return float(value)
+
+
+def finite_number(value: Any) -> bool:
+    """Whether `value` is an int or a float, no bool, that a float can hold."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: Python refuses to write out the digits of a huge int."""
+    huge = isinstance(value, int) and abs(value) >= 10**MAX_DIGITS
+    return f"an int of more than {MAX_DIGITS} digits" if huge else str(value)
 
 
 def pair(name: str, value: Any, low: int) -> tuple[int, int]:

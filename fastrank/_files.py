@@ -54,11 +54,12 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
         if data[:1] == b"\x80" or data[:2] == b"PK":  # only now: a header's length may begin with these bytes too
             refusal = f"{path}, a pickle by its first bytes: not opened"
             raise _checks.fail("path", "a safetensors file", refusal) from None
-        raise _checks.fail("path", "a whole safetensors file", f"{path}: {error or type(error).__name__}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise _checks.fail("path", "a whole safetensors file", f"{path}: {reason}") from error
     metadata = header.get("__metadata__") or {}
     checksum = metadata.pop(CHECKSUM, None)
     if checksum is None:

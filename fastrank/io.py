@@ -130,7 +130,7 @@ def _header(path: str, metadata: dict[str, str]) -> dict[str, Any]:
     if not newer:
         for key, kinds in wanted.items():
             given = len(header) - ("input_size" in header) if isinstance(header, dict) else None
-            if given != len(wanted) or not isinstance(header.get(key), kinds):
+            if given != len(wanted) or key not in header or not isinstance(header[key], kinds):
                 found = f"{path}, whose header has a wrong {key!r}"
                 raise _checks.fail("path", "a model saved by fastrank.save", found)
     if newer or header["format"] != FORMAT or type(header["version"]) is not int or header["version"] != VERSION:

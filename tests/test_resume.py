@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import same, step_of
 from torch import Tensor, nn
 
 from fastrank import _files
@@ -80,23 +81,6 @@ def run(folder: Path, *, epochs: int = 3, stop_at: int | None = None, **options:
     model = nn.Sequential(*layers).to(options.get("device", "cpu"))
     config = TrainConfig(**{"epochs": epochs, "batch_size": 16, "lr": 0.05, "shift": 1, **options})
     return fit(model, data, data, config, regularizers=[Pull(model, stop_at)], run_dir=folder, progress=False)
-
-
-def same(left: Path, right: Path) -> bool:
-    """Two checkpoints agree in every bit of every tensor and in the header, but for times."""
-    contents = []
-    for folder in (left, right):
-        tensors, metadata = _files.load_tensors(folder / "checkpoint.safetensors")
-        header = json.loads(metadata[KEY])
-        del header["seconds"]
-        for row in header["history"]:
-            del row["seconds"]
-        contents.append((tensors, header))
-    (one, first), (other, second) = contents
-    equal = one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
-    return equal and first == second
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -376,11 +360,7 @@ def _kill_and_resume(folder: Path) -> dict[str, Any]:
             return {"exit": status, "reached": reached}
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if (folder / "checkpoint.safetensors").exists():
-            _, metadata = _files.load_tensors(folder / "checkpoint.safetensors")
-            reached.append(json.loads(metadata[KEY])["step"])
-        else:
-            reached.append(0)
+        reached.append(step_of(folder))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ import torch
 from fastrank._tables._work import Step
 
 BLOCK = 16  # channels in one register of the widest vector unit: a partly filled one costs as much
+COSTS, PLACE = 6, 8  # how many summands a time has, and how many numbers say where a step lies
 LENGTH = 6.0
+FARTHEST = 50.0  # the logarithm of a ratio of times, beyond any that was measured
 NOISE = 0.02
 Vector = tuple[float, ...]
 
@@ -35,7 +37,9 @@ class Group:
         here = _position(step)
         pairs = zip(self.points, self.weights, strict=True)
         missed = sum(weight * math.exp(-math.dist(here, point) / LENGTH) for point, weight in pairs)
-        return sum(c * f for c, f in zip(self.coefficients, _costs(step), strict=True)) * math.exp(missed)
+        return sum(c * f for c, f in zip(self.coefficients, _costs(step), strict=True)) * math.exp(
+            max(-FARTHEST, min(missed, FARTHEST))
+        )
 
 
 @dataclass(frozen=True)

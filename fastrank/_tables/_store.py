@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from fastrank._atomic import write_atomically
-from fastrank._tables._model import Group, Model
+from fastrank._atomic import locked, write_atomically
+from fastrank._tables._model import COSTS, PLACE, Group, Model
 from fastrank._tables._work import ConvWork
 
 FORMAT, VERSION = "fastrank-table", 1
+MAX_SIZE = 2**40
 SHIPPED = Path(__file__).parent
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -38,13 +41,17 @@ class Key:
 
 @dataclass
 class Table:
-    """Measurements of one device. rows: microseconds of each backend; models: what predicts a work that is no row."""
+    """Measurements of one device. rows: microseconds of each backend; models: what predicts a work that is no row.
+
+    start: the user's own table that this one is a copy of, with more; where it is None, saving replaces that.
+    """
 
     device: str
     environment: dict[str, Any] = field(default_factory=dict)
     rows: dict[Key, dict[str, float]] = field(default_factory=dict)
     models: dict[Setup, Model] = field(default_factory=dict)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    start: Table | None = field(default=None, compare=False, repr=False)
 
     def dumps(self) -> str:
         """The table as JSON, one row or group a line, in an order that does not depend on the measuring's."""
@@ -74,23 +81,41 @@ class Table:
         """The table that `dumps` wrote. Raises ValueError, in words that follow "it", for everything else."""
         try:
             found = json.loads(text)
-            if found["format"] != FORMAT:
-                raise ValueError("is no table of fastrank")
-            if found["version"] != VERSION:
-                raise ValueError(f"is of version {found['version']}, and this fastrank reads version {VERSION}")
-            rows = {
-                Key(row["op"], row["dtype"], int(row["threads"]), _work(row["work"])): _times(row["us"])
-                for row in found["rows"]
-            }
-            models = {
-                (m["dtype"], bool(m["channels_last"]), int(m["threads"])): Model(
-                    {name: _group(group) for name, group in m["groups"].items()}, _times(m["scale"])
-                )
-                for m in found["models"]
-            }
-            return Table(found["device"], dict(found["environment"]), rows, models, list(found["validation"]))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+            kind, version = found["format"], found["version"]
+            if (kind, version) == (FORMAT, VERSION):
+                return _table(found)
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ValueError("is damaged") from error
+        if kind != FORMAT:
+            raise ValueError("is no table of fastrank")
+        raise ValueError(f"is of version {str(version)[:20]}, and this fastrank reads version {VERSION}")
+
+
+def _table(found: Mapping[str, Any]) -> Table:
+    """The table in a document of this version; raises one of many errors where it is damaged."""
+    rows = {
+        Key(_text(row["op"]), _text(row["dtype"]), _threads(row["threads"], 0), _work(row["work"])): _times(row["us"])
+        for row in found["rows"]
+    }
+    models = {
+        (_text(m["dtype"]), bool(m["channels_last"]), _threads(m["threads"], 1)): Model(
+            {name: _group(group) for name, group in m["groups"].items()}, _times(m["scale"])
+        )
+        for m in found["models"]
+    }
+    return Table(_text(found["device"]), dict(found["environment"]), rows, models, [{**v} for v in found["validation"]])
+
+
+def _text(found: Any) -> str:
+    if not isinstance(found, str):
+        raise TypeError("a name is a text")
+    return found
+
+
+def _threads(found: Any, low: int) -> int:
+    if type(found) is not int or not low <= found <= MAX_SIZE:
+        raise TypeError("threads are an int")
+    return found
 
 
 def _flat(work: ConvWork) -> dict[str, Any]:
@@ -99,12 +124,23 @@ def _flat(work: ConvWork) -> dict[str, Any]:
 
 def _work(found: Mapping[str, Any]) -> ConvWork:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    return ConvWork(**values)
+    work = ConvWork(**values)
+    pairs = (work.size, work.kernel, work.ranks, work.stride, work.dilation)
+    sizes = [(size, 1) for size in (work.in_channels, work.out_channels, *(size for pair in pairs for size in pair))]
+    sizes += [(size, 0) for size in (work.batch, *work.padding)]
+    if not all(type(size) is int and low <= size <= MAX_SIZE for size, low in sizes) or min(work.out_size) < 1:
+        raise TypeError("a size is an int")
+    return work
 
 
 def _group(found: Mapping[str, Any]) -> Group:
     points = tuple(tuple(map(float, point)) for point in found["points"])
-    return Group(tuple(map(float, found["coefficients"])), points, tuple(map(float, found["weights"])))
+    group = Group(tuple(map(float, found["coefficients"])), points, tuple(map(float, found["weights"])))
+    numbers = [*group.coefficients, *group.weights, *(number for point in points for number in point)]
+    lengths = {len(point) for point in points} <= {PLACE} and len(group.coefficients) == COSTS
+    if not lengths or len(points) != len(group.weights) or not all(map(math.isfinite, numbers)):
+        raise TypeError("a group is of another form")
+    return group
 
 
 def _times(found: Mapping[str, Any]) -> dict[str, float]:
@@ -186,12 +222,40 @@ def cached(device: str) -> Table | None:
 
 
 def save(table: Table, path: str | os.PathLike[str] | None = None) -> Path:
-    """Write a table to `path`, or over the user's own of its device, and forget what was read before."""
+    """Write a table to `path`, or over the user's own of its device, and forget what was read before.
+
+    What other processes have added to the user's own since `table.start` was read stays; of what both measured, the
+    last one's counts.
+    """
     target = cache_file(table.device) if path is None else Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, table.dumps().encode())
+    with locked(target) if path is None else nullcontext():
+        if path is None and table.start is not None:
+            with suppress(OSError, ValueError):  # one that is absent or damaged is replaced
+                table = _joined(table.start, table, Table.loads(target.read_text(encoding="utf-8")))
+        write_atomically(target, table.dumps().encode())
     forget()
     return target
+
+
+def _joined(before: Table, mine: Table, theirs: Table) -> Table:
+    """`theirs` with what is new or otherwise in `mine` than it was in `before`."""
+    judged = [{_setup(entry): entry for entry in table.validation} for table in (before, mine, theirs)]
+    return Table(
+        mine.device,
+        mine.environment,
+        theirs.rows | _new(before.rows, mine.rows),
+        theirs.models | _new(before.models, mine.models),
+        list((judged[2] | _new(*judged[:2])).values()),
+    )
+
+
+def _setup(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry.get(name) for name in ("dtype", "channels_last", "threads"))
+
+
+def _new(before: Mapping[Any, Any], mine: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in mine.items() if key not in before or before[key] != value}
 
 
 def forget() -> None:

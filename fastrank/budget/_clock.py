@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrank import latency
-from fastrank._atomic import write_atomically
+from fastrank._atomic import locked, write_atomically
+from fastrank._memory import in_parts
 from fastrank._tables import cache_folder, device_name
 from fastrank.budget._choices import DENSE, Place
 from fastrank.convert import copy_with, skeleton
@@ -54,7 +55,11 @@ class Clock:
         ]
         fresh = [i for i, mine in enumerate(keys) if any(key not in self.known for key in mine)]
         if fresh:
-            found = measure(model, x, [places[i] for i in fresh], [layers[i] for i in fresh])
+
+            def act(some: Sequence[int]) -> list[Row]:
+                return measure(model, x, [places[i] for i in some], [layers[i] for i in some])
+
+            found = in_parts(act, fresh, lambda i: f"the candidates of layer {places[i].name!r}")
             samples: dict[str, Row] = {}
             for i, row in zip(fresh, found, strict=True):
                 # What the machine does otherwise than at an earlier measurement meets the dense layer too.
@@ -71,9 +76,10 @@ class Clock:
         if not self.remember or not self.measured:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        known = {**_read(self.file), **self.known}
-        document = {"format": FORMAT, "version": VERSION, "us": known}
-        write_atomically(self.file, (json.dumps(document, indent=0) + "\n").encode())
+        with locked(self.file):
+            known = {**_read(self.file), **self.known}
+            document = {"format": FORMAT, "version": VERSION, "us": known}
+            write_atomically(self.file, (json.dumps(document, indent=0) + "\n").encode())
 
     def _key(self, place: Place, layer: LayerPlan) -> str:
         conv = place.conv

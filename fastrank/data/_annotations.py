@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from fastrank import _checks
 
 # Narrower boxes are without area: in float32, at the far side of a resized image, they would be.
 THINNEST = 1e-3
+MAX_ID = 2**63 - 1
+MAX_SIDE = 2**24  # beyond it, float32 does not hold every pixel's place
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def read_annotations(path: Path, *, shapes: bool, keypoints: bool) -> Annotation
     objects = [(i, entry) for i, entry in enumerate(content["annotations"])]
     for i, entry in objects:
         where = f"annotations[{i}] in {path}"
-        if not isinstance(entry, dict) or entry.get("image_id") not in position:
+        if not isinstance(entry, dict) or not _is_one_of(entry.get("image_id"), position):
             raise _checks.fail(where, "an object of an image in the file", _shown(entry, "image_id"))
-        if entry.get("category_id") not in categories:
+        if not _is_one_of(entry.get("category_id"), categories):
             raise _checks.fail(where, "an object of a category in the file", _shown(entry, "category_id"))
         if not _numbers(entry.get("bbox"), 4):
             raise _checks.fail(f"bbox of {where}", "four finite numbers", repr(entry.get("bbox")))
@@ -115,7 +116,7 @@ def _by_id(path: Path, entries: list[Any], key: str, check: Callable[[str, Any],
     for i, entry in enumerate(entries):
         where = f"{key}[{i}] in {path}"
         number = entry.get("id") if isinstance(entry, dict) else None
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0 or number in found:
+        if type(number) is not int or not 0 <= number <= MAX_ID or number in found:
             raise _checks.fail(where, "an entry with an id of its own, an int at least 0", _shown(entry, "id"))
         check(where, entry)
         found[number] = entry
@@ -130,7 +131,8 @@ def _check_image(where: str, entry: Any) -> None:
     if not isinstance(name, str) or not name or name.startswith(("/", "\\")) or ".." in Path(name).parts or ":" in name:
         raise _checks.fail(where, "an image whose file_name lies inside its folder", _shown(entry, "file_name"))
     for side in ("width", "height"):
-        _checks.integer(f"{side} of {where}", entry.get(side), 1)
+        if _checks.integer(f"{side} of {where}", entry.get(side), 1) > MAX_SIDE:
+            raise _checks.fail(f"{side} of {where}", f"at most {MAX_SIDE}", _checks.shown(entry[side]))
 
 
 def _check_category(where: str, entry: Any) -> None:
@@ -172,7 +174,11 @@ def _numbers(values: Any, count: int) -> bool:
     """Whether `values` is a list of `count` finite numbers."""
     if not isinstance(values, list) or len(values) != count:
         return False
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    return all(_checks.finite_number(value) for value in values)
+
+
+def _is_one_of(value: Any, known: Mapping[int, object]) -> bool:
+    return type(value) is int and value in known
 
 
 def _shown(entry: Any, *keys: str) -> str:

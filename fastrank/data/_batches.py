@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastrank import _checks
 from fastrank.data._sets import ImageSet
@@ -74,6 +74,8 @@ def batches(
     through a DataLoader with `workers` processes. Batch i is the same whatever `start` and `workers` are: order and
     augmentation come from (seed, epoch, i), and torch's global generator is seeded from them around each image that
     is read from disk. Nothing else draws from the global generator. `drop_last` leaves out an incomplete last batch.
+    An OSError or ValueError of the data set is raised as it is, in whichever process it came up; RuntimeError where a
+    worker was ended from outside.
     `collate` makes a pair of a list of items read from disk, for items that do not stack. `part`, the number of a rank
     and how many there are, gives the share of each batch that `span` says, made of nothing but its own images; where
     that is empty, the first image of the batch.
@@ -145,11 +147,32 @@ def _read(
         _Seeded(dataset, seed, epoch),
         batch_sampler=[part.rows.tolist() for part in parts],
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_Collate(collate or default_collate),
         generator=torch.Generator(),  # its own, because a DataLoader otherwise draws from the global one
     )
-    for position, (part, (images, labels)) in enumerate(zip(parts, loader, strict=True), start):
+    for position, (part, batch) in enumerate(zip(parts, loader, strict=True), start):
+        if isinstance(batch, _Failed):
+            raise batch.error
+        images, labels = batch
         yield part.augmented(images, augment, seed, epoch, position), labels
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """An error on its way to the process that trains: a loader would wrap it into the text of a traceback."""
+
+    error: Exception
+
+
+class _Collate:
+    """Makes a batch of items, or hands on the first error among them."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        failed = next((item for item in items if isinstance(item, _Failed)), None)
+        return self.collate(items) if failed is None else failed
 
 
 class _Seeded(Dataset[Any]):
@@ -163,6 +186,10 @@ class _Seeded(Dataset[Any]):
         torch.default_generator.manual_seed(_number(self.seed, self.epoch, index))
         try:
             return self.dataset[index]
+        except (OSError, ValueError) as error:
+            if type(error).__module__ != "builtins" or not all(isinstance(a, str | int | None) for a in error.args):
+                raise  # it may not survive the way
+            return _Failed(error)
         finally:
             torch.set_rng_state(state)
 

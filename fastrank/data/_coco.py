@@ -245,12 +245,13 @@ def _read_image(path: Path, size: list[int]) -> Tensor:
 
     try:
         with Image.open(path) as file:
+            width, height = file.size
+            if [height, width] != size:  # before anything is decoded
+                shown = f"{path} of {height}×{width} where they say {size[0]}×{size[1]}"
+                raise _checks.fail("images", "of the sizes in the annotations", shown)
             pixels = torch.from_numpy(numpy.array(file.convert("RGB")))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError for some broken PNG files
         raise _checks.fail("images", "files that Pillow can read", f"{path} ({error})") from error
-    if list(pixels.shape[:2]) != size:
-        shown = f"{path} of {pixels.shape[0]}×{pixels.shape[1]} where they say {size[0]}×{size[1]}"
-        raise _checks.fail("images", "of the sizes in the annotations", shown)
     return pixels.permute(2, 0, 1).contiguous().to(torch.float32) / 255
 
 

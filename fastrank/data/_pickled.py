@@ -71,7 +71,8 @@ class _Bytes:
 
     def __init__(self, code: object, *_: object) -> None:
         if code not in ("u1", b"u1"):
-            raise pickle.UnpicklingError(f"it holds an array of dtype {code!r}, not of bytes")
+            shown = repr(code)[:40] if isinstance(code, str | bytes) else type(code).__name__  # a list may be endless
+            raise pickle.UnpicklingError(f"it holds an array of dtype {shown}, not of bytes")
 
     def __setstate__(self, state: object) -> None:
         """A byte has no order, alignment or fields to restore."""
@@ -113,7 +114,7 @@ def _from_buffer(data: object, dtype: object, shape: object, order: object) -> _
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     """Bytes as protocol 2 spells them."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes text as {encoding!r}")
+        raise pickle.UnpicklingError("it encodes text in another way than latin1")
     return text.encode("latin1")
 
 

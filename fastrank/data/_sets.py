@@ -118,8 +118,17 @@ class FolderSet(Dataset[tuple[Tensor, int]]):
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One transformed image (C, H, W) and the index of its folder in sorted order."""
-        image, label = self._files[index]
+        """One transformed image (C, H, W) and the index of its folder in sorted order.
+
+        Raises FileNotFoundError where the file has gone, ValueError, naming it, where it is damaged.
+        """
+        path = self._files.samples[index][0]
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"root must keep its images while they are used, got {path}, which has gone")
+        try:
+            image, label = self._files[index]
+        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
+            raise _checks.fail("root", "a folder of images that Pillow can read", f"{path} ({error})") from error
         return image, label
 
 

@@ -78,7 +78,8 @@ class TarSet(Dataset[tuple[Tensor, int]]):
         try:
             with Image.open(io.BytesIO(data)) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files differs by format
+        # What Pillow raises for broken files differs by format; a bomb is an image of more pixels than it unpacks.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             where = f"{self.shards[shard]}, image number {index} at byte {int(entry['offset'])} ({error})"
             raise _checks.fail("shards", "tar files of images that Pillow can read", where) from error
         return self._transform(image), int(entry["label"])
@@ -112,14 +113,26 @@ def _indexed(shards: list[Path], index: str | os.PathLike[str] | None) -> Any:
     facts = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards])
     if index is not None and Path(index).exists():
         tensors, metadata = _files.load_tensors(index)
-        if KEY not in metadata or "entries" not in tensors:
+        kept = tensors.get("entries")
+        if KEY not in metadata or kept is None or kept.dtype != torch.uint8 or kept.numel() % _ENTRY.itemsize:
             raise _checks.fail("index", "a file that fastrank keeps an index in, or free", index)
         if metadata[KEY] == facts:
-            return numpy.frombuffer(tensors["entries"].numpy().tobytes(), _ENTRY)
+            found = numpy.frombuffer(kept.numpy().tobytes(), _ENTRY)
+            if not _inside(found, [path.stat().st_size for path in shards]):
+                raise _checks.fail("index", "of images that lie within the shards (remove it)", index)
+            return found
     entries = numpy.concatenate([_entries(shard, number) for number, shard in enumerate(shards)])
     if index is not None:
         _files.save_tensors(index, {"entries": torch.from_numpy(entries.view(numpy.uint8).copy())}, {KEY: facts})
     return entries
+
+
+def _inside(entries: Any, sizes: list[int]) -> bool:
+    """Whether every entry names one of the shards, of these sizes in bytes, and a place in it."""
+    shard, offset, size = (entries[name].astype(numpy.int64) for name in ("shard", "offset", "size"))
+    if not bool(((shard >= 0) & (shard < len(sizes)) & (offset >= 0) & (size >= 0) & (entries["label"] >= 0)).all()):
+        return False
+    return bool((offset <= numpy.array(sizes, dtype=numpy.int64)[shard] - size).all())
 
 
 def _entries(shard: Path, number: int) -> Any:
@@ -127,8 +140,13 @@ def _entries(shard: Path, number: int) -> Any:
     found: list[tuple[int, int, int, int]] = []
     name, image, label = "", None, None
     try:
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(shard, "rb") as file, tarfile.open(fileobj=_Within(file), mode="r:") as tar:
+            size = os.fstat(file.fileno()).st_size
+            at = -1
             for member in tar:
+                if not at < member.offset_data or (member.isreg() and not _holds(member, size)):
+                    raise tarfile.TarError(f"{member.name[:80]!r} does not lie within it")
+                at = member.offset_data
                 # The headers of all members, which it would otherwise keep.
                 tar.members = []  # type: ignore[attr-defined]
                 if not member.isreg():
@@ -148,26 +166,54 @@ def _entries(shard: Path, number: int) -> Any:
                     found.append((*image, label, number))
                     name = ""
             _whole(shard, name, image, label)
-            size = os.fstat(file.fileno()).st_size
     except tarfile.TarError as error:
         raise _checks.fail("shards", "whole, uncompressed tar files", f"{shard} ({error})") from error
-    if found and found[-1][0] + found[-1][1] > size:
-        raise _checks.fail("shards", "whole, uncompressed tar files", f"{shard}, which ends within an image")
     return numpy.array(found, dtype=_ENTRY)
+
+
+def _holds(member: tarfile.TarInfo, size: int) -> bool:
+    """Whether a tar file of so many bytes holds all of a member's."""
+    return 0 <= member.size <= size - member.offset_data and not member.issparse()
+
+
+class _Within(io.RawIOBase):
+    """A file for `tarfile`, which would make room for as many bytes as a header claims and go back where it says so."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.size = file, os.fstat(file.fileno()).st_size
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self.file.read(size if 0 <= size <= self.size else self.size)
+        return data
+
+    def tell(self) -> int:
+        place: int = self.file.tell()
+        return place
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        if not 0 <= place <= 2 * self.size + tarfile.RECORDSIZE:
+            raise tarfile.ReadError("a header points out of it")
+        found: int = self.file.seek(place, whence)
+        return found
 
 
 def _whole(shard: Path, name: str, image: Any, label: Any) -> None:
     if name and (image is None) != (label is None):
         what = "an image without a label" if label is None else "a label without an image"
-        found = f"{shard}, {name.strip('/')}: {what}"
+        found = f"{shard}, {_shown(name.strip('/'))}: {what}"
         raise _checks.fail("shards", "tar files of images with a label each (.cls)", found)
 
 
 def _label(shard: Path, name: str, data: bytes, size: int) -> int:
     text = data[:size].strip()
     if size > MAX_LABEL or not re.fullmatch(rb"\d{1,9}", text):
-        raise _checks.fail("shards", "tar files with labels of digits", f"{shard}, {name}: {text[:20]!r}")
+        raise _checks.fail("shards", "tar files with labels of digits", f"{shard}, {_shown(name)}: {text[:20]!r}")
     return int(text)
+
+
+def _shown(name: str) -> str:
+    """A member's name for a message, in which a line ends where the message does."""
+    return name.encode("unicode_escape").decode("ascii")
 
 
 def shards_of(root: str | os.PathLike[str] | None, split: str) -> list[Path]:

@@ -126,8 +126,9 @@ def read_tensors(path: str, *, name: str = "pretrained") -> tuple[dict[str, Tens
     if path.endswith(".safetensors"):
         try:
             return dict(load_file(path)), {}
-        except (SafetensorError, OSError) as error:
-            raise _checks.fail(name, "a readable safetensors file", f"{path!r} ({error})") from error
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise _checks.fail(name, "a readable safetensors file", f"{path!r} ({reason})") from error
     content = _unpickled(path, name)
     if not isinstance(content, Mapping):
         raise _checks.fail(name, "a file that holds a state dict", f"{path!r}, which holds a {type(content).__name__}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrank import _native
+from fastrank import _memory, _native
 from fastrank.ops._spectra import SUBGRADIENT
 
 TABLE_MATRICES, STATE_INTS, TILE, GRAM_PARTIALS = 64, 256, 64, 64  # of csrc/linalg too
@@ -50,6 +50,7 @@ def spectral(
             _native.host().linalg_spectral(
                 *_tables(inputs), _addresses(targets), *options, limits, *_addresses((ranks, status, state, workspace))
             )
+        del workspace
     return [out.to(matrix.dtype) for out, matrix in zip(outs, matrices, strict=True)], ranks, status
 
 
@@ -74,6 +75,7 @@ def svd(
             _native.host().linalg_svd(
                 *_tables(inputs), *map(_addresses, targets), places, limits, *_addresses((status, state, workspace))
             )
+        del workspace
     found = [
         (q.mT, s, v) if matrix.shape[0] <= matrix.shape[1] else (v.mT, s, q)
         for matrix, (q, s, v) in zip(matrices, factors, strict=True)
@@ -93,15 +95,27 @@ def workspace_floats(rows: int, columns: int) -> int:
 
 
 def _calls(matrices: Sequence[Tensor], chosen: str) -> Iterator[tuple[list[int], list[Tensor], Tensor, Tensor]]:
-    """The places, the matrices, the state and the workspace of each call: tables of matrices, large ones together."""
+    """The places, the matrices, the state and the workspace of each call: tables of matrices, large ones together.
+
+    A table whose workspace finds no memory is halved. The caller lets go of each workspace before the next one.
+    """
     filled = [place for place, matrix in enumerate(matrices) if matrix.numel()]
     filled.sort(key=lambda place: -min(matrices[place].shape))
-    for start in range(0, len(filled), TABLE_MATRICES):
-        places = filled[start : start + TABLE_MATRICES]
+    waiting = [filled[start : start + TABLE_MATRICES] for start in range(0, len(filled), TABLE_MATRICES)]
+    while waiting:
+        places = waiting.pop(0)
         inputs = [matrices[place].detach().to(_kernel_dtype(matrices[place], chosen)) for place in places]
         floats = sum(workspace_floats(*matrix.shape) for matrix in inputs)
         state = torch.zeros(len(places) * STATE_INTS, dtype=torch.int32, device=inputs[0].device)
-        yield places, inputs, state, torch.empty(floats, dtype=torch.float32, device=inputs[0].device)
+        try:
+            workspace = [torch.empty(floats, dtype=torch.float32, device=inputs[0].device)]
+        except torch.OutOfMemoryError as error:
+            if len(places) == 1:
+                what = f"the workspace of {4 * floats:,} bytes for matrices[{places[0]}]"
+                raise _memory.too_much(what, error) from error
+            waiting[:0] = [places[: len(places) // 2], places[len(places) // 2 :]]
+            continue
+        yield places, inputs, state, workspace.pop()
 
 
 def _kernel_dtype(matrix: Tensor, chosen: str) -> torch.dtype:

@@ -6,10 +6,14 @@ defined here from the same strings; a test holds the two spellings together.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from json import JSONDecodeError
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -42,10 +46,26 @@ def register(
     qualified = f"fastrank::{name}"
     if not hasattr(torch.ops.fastrank, name):
         _library.define(schema)  # type: ignore[no-untyped-call]
-    torch.library.impl(qualified, "default", implementation, lib=_library)
+    torch.library.impl(qualified, "default", _naming_cache(implementation), lib=_library)
     torch.library.register_fake(qualified, fake or implementation, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def _naming_cache(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """`implementation`, which says what to delete where a file of Triton's compile cache was cut off."""
+
+    @wraps(implementation)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return implementation(*arguments, **options)
+        except (JSONDecodeError, RuntimeError) as error:
+            if not isinstance(error, JSONDecodeError) and "device kernel image is invalid" not in str(error):
+                raise
+            folder = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
+            raise RuntimeError(f"Triton's compile cache is damaged ({error}): delete the folder {folder}") from error
+
+    return call
 
 
 def flop_formula(operator: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:

@@ -8,9 +8,13 @@ the GPU, cannot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastrank import _memory
 from fastrank.ops import _correction, _spectra
 from fastrank.ops._entry import Entry
 from fastrank.ops._pending import NONFINITE, STALE
@@ -20,18 +24,27 @@ from fastrank.ops._spectra import PROJECTION
 def step(
     matrices: list[Tensor], entries: list[Entry], kind: str, energy: float | None, tolerance: float
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Results, ranks (N,) int64 and status (N,) int32 of matrices that all have an entry; their bases are turned."""
+    """Results, ranks (N,) int64 and status (N,) int32 of matrices that all have an entry; their bases are turned.
+
+    Matrices of one shape are one batch, or several smaller ones where there is no memory for that.
+    """
     out: list[Tensor] = list(matrices)
     ranks, status = list(matrices), list(matrices)
-    for dtype in {entry.basis.dtype for entry in entries}:
-        own = [i for i, entry in enumerate(entries) if entry.basis.dtype == dtype]
-        for members, a in _spectra.groups([matrices[i] for i in own], stack=True):
-            places = [own[i] for i in members]
-            basis = torch.cat([entries[i].basis for i in places])
-            found, k, flags, basis = batch(a.to(dtype), basis, kind, energy, tolerance)
-            for i, x, q, *rest in zip(places, found, basis.chunk(len(basis)), k, flags, strict=True):
-                out[i], entries[i].basis = _spectra.restore(x, matrices[i]), q
-                ranks[i], status[i] = rest
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for i, (matrix, entry) in enumerate(zip(matrices, entries, strict=True)):
+        together.setdefault((*sorted(matrix.shape), entry.basis.dtype), []).append(i)
+
+    def solve(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        a = torch.stack([_spectra.orient(matrices[i].detach()).to(entries[i].basis.dtype) for i in places])
+        basis = torch.cat([entries[i].basis for i in places])
+        found, k, flags, basis = batch(a, basis, kind, energy, tolerance)
+        restored = [_spectra.restore(x, matrices[i]) for i, x in zip(places, found, strict=True)]
+        return list(zip(restored, basis.chunk(len(basis)), k, flags, strict=True))
+
+    for places in together.values():
+        found = _memory.in_parts(solve, places, lambda i: f"a warm step of matrices[{i}], {tuple(matrices[i].shape)},")
+        for i, (x, q, k, flag) in zip(places, found, strict=True):
+            out[i], entries[i].basis, ranks[i], status[i] = x, q, k, flag
     return out, torch.stack(ranks), torch.stack(status)
 
 

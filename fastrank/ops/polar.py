@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrank import _backends, _checks, _native
+from fastrank import _backends, _checks, _memory, _native
 from fastrank.ops import _polar_plan, _register
 from fastrank.reference import polar
 
@@ -51,14 +51,19 @@ def _polar_factors(matrices: list[Tensor], tolerance: float, backend: str) -> li
             outs[index] = polar.polar_factor(matrix, schedule)
         elif matrix.numel():
             groups.setdefault((matrix.device, matrix.dtype), []).append(index)
-    for (device, _), members in groups.items():
+
+    def launch(members: Sequence[int]) -> list[None]:
         some, targets = [matrices[i] for i in members], [outs[i] for i in members]
         kernels, layouts = _native.triton_kernels("polar"), tuple(map(_polar_plan.layout, some, targets))
-        block = kernels.block(max(each[0] for each in layouts))
+        block, device = kernels.block(max(each[0] for each in layouts)), some[0].device
         # A Triton kernel runs on the current device.
         with torch.cuda.device(device if device.type == "cuda" else -1):
             plan = _polar_plan.plan(layouts, block, kernels.EDGE, device)
             kernels.polar_factors(some, targets, plan, schedule.quintics(), schedule.split)
+        return []
+
+    for members in groups.values():
+        _memory.in_parts(launch, members, lambda i: f"the workspace for matrices[{i}], {tuple(matrices[i].shape)},")
     return outs
 
 

@@ -30,6 +30,7 @@ from fastrank.train import TrainConfig
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 4
+MAX_SCALAR = 64
 SECTIONS = ("experiment", "model", "data", "train", "regularize", "compress", "finetune")
 MODEL_KEYS = ("name", "num_classes", "rank", "compress_rate", "pretrained", "transfer", *models.DETECTOR_OPTIONS)
 REGULARIZERS: dict[str, tuple[str, ...]] = {
@@ -64,6 +65,39 @@ class Recipe:
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which every value is written out once.
+
+    No aliases, by which a short text can stand for a huge document; no key twice in a mapping; no long numbers, which
+    take quadratic time.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias (*name); what recipes share stands in a file that they extend")
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.YAMLError(f"the key {key.value!r} stands twice in one mapping")
+                seen.add((key.tag, key.value))
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        if len(node.value) > MAX_SCALAR and not node.tag.endswith(":str"):
+            raise yaml.YAMLError(f"a value that is no text has {len(node.value)} characters")
+        return node
+
+
+# What PyYAML raises for a value that does not fit its tag, such as "!!int ''"; it promises no list.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 def load(path: str | os.PathLike[str]) -> Recipe:
     """The recipe in a YAML file; FileNotFoundError, ValueError or TypeError with one sentence where that fails."""
     return parse(_document(Path(path), MAX_DEPTH))
@@ -77,8 +111,8 @@ def _document(path: Path, depth: int) -> Any:
         raise _checks.fail("recipe", f"at most {MAX_BYTES} bytes", path.stat().st_size)
     with open(path, "rb") as file:
         try:
-            document = yaml.safe_load(file)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            document = yaml.load(file, _Loader)
+        except _YAML_ERRORS as error:
             first = str(error).partition("\n")[0]
             raise _checks.fail("recipe", "YAML", f"{os.fspath(path)}, which is not: {first}") from error
     if not isinstance(document, dict) or "extends" not in document:

@@ -237,6 +237,8 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
                 found = f"{out} with {key} {old.get(key)!r} where this recipe has {new.get(key)!r}"
                 raise _checks.fail("out", "free or a run of this recipe", f"{found}; --fresh starts over")
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("recipe.json", "plan.json", "model.safetensors", "summary.json"):
+        _atomic.remove_leftovers(out / name)
     if recipe.compress is None:
         (out / "plan.json").unlink(missing_ok=True)
     _atomic.write_atomically(record, (json.dumps(wanted, indent=2) + "\n").encode())

@@ -104,11 +104,12 @@ class Recorder:
         self._header = _line({"format": FORMAT, "version": VERSION, **settings, "bins": [LOW, HIGH, BINS]})
         self._writes = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
         self._last = -1
+        if self._writes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _atomic.remove_leftovers(self._path)
         lines = self._kept() if self._writes and resume and self._path.exists() else []
         if lines:
             self._replace(lines)  # without what a killed writer left
-        elif self._writes:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._agreed(not lines):
             self(0)
 
@@ -163,7 +164,7 @@ class Recorder:
 
     def _write(self, epoch: int, line: str) -> None:
         if epoch > self._last >= 0:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with _atomic.naming(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write(line)
             self._last = epoch
             return

@@ -111,7 +111,7 @@ def restore(path: FileName, run: Run) -> None:
         raise _checks.fail("run_dir", "a folder whose checkpoint is one of a training run", f"{path} of another kind")
     header = parsed(path, metadata[KEY])
     require(path, header, tensors, run)
-    take(header, tensors, run)
+    take(path, header, tensors, run)
 
 
 def require(path: FileName, header: dict[str, Any], tensors: Mapping[str, Tensor], run: Run) -> None:
@@ -125,9 +125,13 @@ def moments_in(tensors: Mapping[str, Tensor], run: Run) -> dict[str, dict[str, T
     return {key: group(tensors, STATE[key]) for key in state_names(run.optimizer)}
 
 
-def take(header: dict[str, Any], tensors: Mapping[str, Tensor], run: Run) -> None:
-    """Put into `run` what a checkpoint held; whole tensors are cut where the run has sharded ones."""
-    moments, states = moments_in(tensors, run), _unpack(header["regularizers"], tensors)
+def take(path: FileName, header: dict[str, Any], tensors: Mapping[str, Tensor], run: Run) -> None:
+    """Put into `run` what a checkpoint held; whole tensors are cut where the run has sharded ones.
+
+    Raises ValueError, changing nothing, where a regulariser does not take its state.
+    """
+    moments = moments_in(tensors, run)
+    _take_states(path, header["regularizers"], tensors, run.regularizers)
     run.model.load_state_dict(placed_as(model_state(run.model), group(tensors, MODEL)))
     trained = run.trained()
     for key, found in moments.items():
@@ -136,8 +140,6 @@ def take(header: dict[str, Any], tensors: Mapping[str, Tensor], run: Run) -> Non
             run.optimizer.state[trained[name]][key] = own
     if header["scaler"]:
         run.scaler.load_state_dict(header["scaler"])
-    for regularizer, state in zip(run.regularizers, states, strict=True):
-        regularizer.load_state_dict(state)
     if random_key("cpu", run) in tensors:
         torch.set_rng_state(tensors[random_key("cpu", run)])
     else:  # a rank that was not there: numbers of its own, which no one has drawn yet
@@ -148,6 +150,21 @@ def take(header: dict[str, Any], tensors: Mapping[str, Tensor], run: Run) -> Non
     run.totals = tensors["totals"].to(run.device)
     run.step, run.seconds = header["step"], header["seconds"]
     run.history = [EpochRow(**row) for row in header["history"]]
+
+
+def _take_states(
+    path: FileName, packed: Any, tensors: Mapping[str, Tensor], regularizers: Sequence[Regularizer]
+) -> None:
+    """Give every regulariser its state, or none of them."""
+    before = [regularizer.state_dict() for regularizer in regularizers]
+    try:
+        for regularizer, state in zip(regularizers, _unpack(packed, tensors), strict=True):
+            regularizer.load_state_dict(state)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
+        for regularizer, state in zip(regularizers, before, strict=True):
+            regularizer.load_state_dict(state)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{broken(path, 'regularizers')}: {reason}") from error
 
 
 def parsed(path: FileName, text: str) -> dict[str, Any]:
@@ -191,9 +208,10 @@ def _require_whole(
     columns = {column.name for column in fields(EpochRow)}
     whole = {
         "step": header["step"] >= 0,
-        "scaler": header["scaler"].keys() == run.scaler.state_dict().keys(),
+        "scaler": header["scaler"].keys() == run.scaler.state_dict().keys()
+        and all(_checks.finite_number(value) for value in header["scaler"].values()),
         "regularizers": len(header["regularizers"]) == len(run.regularizers),
-        "history": all(isinstance(row, dict) and row.keys() == columns for row in header["history"]),
+        "history": all(_is_row(row, columns) for row in header["history"]),
         "momentum": _belong(moments, run.trained()),
         "random/cpu": _describe(tensors.get("random/cpu")) == _describe(torch.get_rng_state()),
         "totals": _describe(tensors.get("totals")) == _describe(run.totals),
@@ -201,6 +219,16 @@ def _require_whole(
     for name, good in whole.items():
         if not good:
             raise broken(path, name)
+
+
+def _is_row(row: Any, columns: set[str]) -> bool:
+    """Whether it has the columns of a row of the history, and values of their kinds."""
+    if not isinstance(row, dict) or row.keys() != columns:
+        return False
+    if type(row["epoch"]) is not int or not isinstance(row["metrics"], dict):
+        return False
+    numbers = [value for name, value in row.items() if name not in ("epoch", "metrics") and value is not None]
+    return all(type(value) in (int, float) for value in [*numbers, *row["metrics"].values()])
 
 
 def _belong(moments: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Tensor]) -> bool:

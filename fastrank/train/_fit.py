@@ -69,7 +69,8 @@ def fit(
     other random numbers. sync_batchnorm: batch statistics over all ranks. Rank 0 alone shows progress and calls
     `on_epoch`. Checkpoints are then folders of one file a rank; any number of ranks, also one, may resume the run.
 
-    Raises ValueError or TypeError for a wrong argument or the checkpoint of another run, RuntimeError, naming epoch and
+    Raises ValueError or TypeError for a wrong argument or the checkpoint of another run, OSError where a checkpoint
+    cannot be written (PermissionError before the first step) or data cannot be read, RuntimeError, naming epoch and
     step, where the loss becomes NaN or infinite; the last checkpoint then stays.
     """
     if not isinstance(config, TrainConfig):
@@ -93,6 +94,8 @@ def fit(
                 loop.place = Place(run_dir, ranks)
                 if resume and loop.place.newest() is not None:
                     loop.place.restore(loop.run)
+                if len(loop.run.history) < config.epochs:
+                    loop.place.require()
             called.train()
             shown = progress if ranks.main else False
             with _progress.reporting(label, config.epochs, loop.steps, loop.run.step, shown) as loop.reporter:

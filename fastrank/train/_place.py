@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from fastrank import _atomic, _checks
@@ -25,12 +26,29 @@ class Place:
         self.folder, self.parallel = Path(run_dir), parallel
         if self.folder.exists() and not self.folder.is_dir():
             raise _checks.fail("run_dir", "a folder", self.folder)
-        if parallel.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (CHECKPOINT, POINTER):
-                _atomic.remove_leftovers(self.folder / name)
-            _sharded.clean(self.folder / POINTER)
-        parallel.wait()
+        self._by_rank_0(self._make)
+
+    def _make(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT, POINTER):
+            _atomic.remove_leftovers(self.folder / name)
+        _sharded.clean(self.folder / POINTER)
+
+    def _by_rank_0(self, act: Callable[[], object]) -> None:
+        """Have rank 0 act, and every rank raise the OSError that it meets."""
+        failure: OSError | None = None
+        if self.parallel.main:
+            try:
+                act()
+            except OSError as error:
+                failure = error
+        failure = self.parallel.decide(failure)
+        if failure is not None:
+            raise failure
+
+    def require(self) -> None:
+        """Raise PermissionError where no checkpoint can be written: before the training, not after its first epoch."""
+        self._by_rank_0(lambda: _atomic.require_place(self.folder / CHECKPOINT))
 
     def newest(self) -> Path | None:
         """The file that was written last, if there is one."""

@@ -14,10 +14,10 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -32,10 +32,14 @@ from fastrank.train._checkpoint import MODEL, Run
 
 HEADER = "header.json"
 FOLDER = re.compile(r"checkpoint-\d{9,}-[0-9a-f]{8}")
+Found = TypeVar("Found")
 
 
 def save(pointer: Path, run: Run) -> None:
-    """Write `run` beside `pointer`, all ranks together, and have `pointer` name it; then remove the one before."""
+    """Write `run` beside `pointer`, all ranks together, and have `pointer` name it; then remove the one before.
+
+    Where one rank cannot write, all raise OSError; the one before then counts, and nothing is left of the new one.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
@@ -45,18 +49,42 @@ def save(pointer: Path, run: Run) -> None:
             regularizer.gather_state()
     tensors, header = _checkpoint.contents(run)
     folder = pointer.with_name(parallel.decide(f"checkpoint-{run.step:09d}-{secrets.token_hex(4)}"))
-    with _failures(folder):
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save_shards(dict(_separate(tensors)), storage_writer=writer)
-    own = sorted(folder.glob(f"shard-{parallel.rank + 1:05d}-*.safetensors"))
-    sums = parallel.gather({path.name: _digest(path) for path in own})
-    if parallel.main:
+    own = f"shard-{parallel.rank + 1:05d}-*.safetensors"
+    try:
+        with _failures(folder):
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            save_shards(dict(_separate(tensors)), storage_writer=writer)
+        sums = _together(parallel, folder, lambda: {path.name: _digest(path) for path in sorted(folder.glob(own))})
         header["files"] = {name: digest for found in sums for name, digest in found.items()}
         header["world"] = parallel.world
-        _atomic.write_atomically(folder / HEADER, json.dumps(header).encode())
-        _atomic.write_atomically(pointer, json.dumps({"folder": folder.name, "step": run.step}).encode())
-        clean(pointer)
-    parallel.wait()
+        _together(parallel, folder, lambda: _publish(pointer, folder, header) if parallel.main else None)
+    except OSError:
+        if parallel.main:
+            clean(pointer)
+        raise
+
+
+def _publish(pointer: Path, folder: Path, header: dict[str, Any]) -> None:
+    _atomic.write_atomically(folder / HEADER, json.dumps(header).encode())
+    _atomic.write_atomically(pointer, json.dumps({"folder": folder.name, "step": header["step"]}).encode())
+    clean(pointer)
+
+
+def _together(parallel: Parallel, folder: Path, act: Callable[[], Found]) -> list[Found]:
+    """What `act` gives on each rank; OSError on all of them where it fails on one."""
+    found: list[Any] = []
+    failure: OSError | None = None
+    try:
+        found.append(act())
+    except OSError as error:
+        failure = error
+    told = parallel.gather((found, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    for rank, (_, what) in enumerate(told):
+        if what is not None:
+            raise OSError(f"the checkpoint {folder} could not be written on rank {rank}: {what}")
+    return [value for (value,), _ in told]
 
 
 def restore(pointer: Path, run: Run) -> None:
@@ -74,17 +102,17 @@ def restore(pointer: Path, run: Run) -> None:
         raise _checkpoint.broken(folder, HEADER) from error
     _require_undamaged(folder, header.get("files"), run.parallel)
     reader = HuggingFaceStorageReader(str(folder))
-    with _failures(folder):
+    with _failures(folder), _damage(folder):
         found: dict[str, Any] = {**reader.read_metadata().state_dict_metadata}
     described = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in found.items()
     }
     _checkpoint.require(folder, header, described, run)
     wanted = _room(described, run)
-    with _failures(folder), warnings.catch_warnings():
+    with _failures(folder), _damage(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load_shards(wanted, storage_reader=reader, no_dist=run.parallel.world == 1)
-    _checkpoint.take(header, wanted, run)
+    _checkpoint.take(folder, header, wanted, run)
 
 
 def clean(pointer: Path) -> None:
@@ -160,6 +188,16 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """What headers of shards make torch.distributed.checkpoint raise where they are not its own."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+        raise _checks.fail("run_dir", "a folder whose checkpoint is whole", f"{folder}: {reason}") from error
 
 
 @contextmanager

@@ -281,13 +281,14 @@ def table_of(device: torch.device | str = "cpu") -> _tables.Table:
     name = _tables.device_name(device.type, device.index)
     known = _tables.cached(name)
     if known is None:
-        return empty_table(device)
+        return replace(empty_table(device), start=_tables.Table(name))
     return replace(
         known,
         environment=environment(device),
         rows=dict(known.rows),
         models=dict(known.models),
         validation=list(known.validation),
+        start=known,
     )
 
 
@@ -302,5 +303,8 @@ def add_rows(
 
 
 def save(table: _tables.Table, path: str | os.PathLike[str] | None = None) -> str:
-    """Write a table to a file, or over the user's own of its device, and say where. `auto` goes by it at once."""
+    """Write a table to a file, or over the user's own of its device, and say where. `auto` goes by it at once.
+
+    What other processes have added to the user's own meanwhile stays, where the table is one of `table_of`.
+    """
     return str(_tables.save(table, path))
