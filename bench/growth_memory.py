@@ -70,6 +70,11 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
-        call()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the mode sees what this thread does, and with one thread no other does anything
+    try:
+        with LiveBytes() as live:
+            call()
+    finally:
+        torch.set_num_threads(threads)
     return live.peak

@@ -273,3 +273,20 @@ def test_mistakes_are_told(growth, monkeypatch, capsys, arguments) -> None:
     with pytest.raises(SystemExit, match="2"):
         growth.main()
     assert "must " in capsys.readouterr().err
+
+
+def test_memory_is_counted_whatever_threads_do(memory: Any) -> None:
+    """Large matrices are decomposed by several threads, of which a dispatch mode sees only its own."""
+    matrices = [torch.randn(128, 600) for _ in range(40)]
+    before = torch.get_num_threads()
+    state = ops.SpectralState()
+    peaks = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ops.nuclear_subgradient(matrices, state=state)
+            peaks.append(memory.peak_bytes(lambda: ops.nuclear_subgradient(matrices, state=state)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert peaks[0] == peaks[1] >= 40 * 4 * 128 * 600
