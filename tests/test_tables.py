@@ -196,7 +196,8 @@ def test_a_bad_file_in_the_cache_is_ignored_with_one_warning(tables, text, reaso
 
 
 def test_a_table_survives_its_file(tables):
-    group = _model.Group((1.0, 0.0, 2.5e-7, 0.0, 0.0, 0.0), ((1.0, 2.0),), (0.25,))
+    point = (1.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+    group = _model.Group((1.0, 0.0, 2.5e-7, 0.0, 0.0, 0.0), (point,), (0.25,))
     table = Table(
         "cpu-x",
         {"torch": "2"},
