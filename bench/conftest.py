@@ -69,7 +69,8 @@ def pytest_unconfigure() -> None:
     """The last line: what the registry's rows came to. The same as JSON."""
     if not ROWS:
         return
-    result = summary(ROWS, time.monotonic() - BEGIN) | {"machine": ENVIRONMENT | {"cores": ENVIRONMENT["cpu_threads"]}}
+    machine = ENVIRONMENT | {"cores": ENVIRONMENT.get("cpu_threads")}
+    result = summary(ROWS, time.monotonic() - BEGIN) | {"machine": machine}
     keep = os.environ.get("FASTRANK_KEEP") == "1"
     folder = ROOT / ("bench/results/reliability" if keep else "runs/reliability")
     write(folder / "bench.json", result)

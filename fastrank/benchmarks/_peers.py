@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,18 @@ from fastrank.benchmarks._registry import Thunk
 
 # tensorly-torch's ways to run a factorised convolution: factor by factor, and by the kernel merged at every call.
 WAYS = ("factorized", "reconstructed")
+
+
+@contextmanager
+def tensorly_kept() -> Iterator[None]:
+    """Importing tensorly-torch sets TensorLy to torch for all of the process; afterwards it is as it was."""
+    loaded = sys.modules.get("tensorly")
+    before = loaded.get_backend() if loaded is not None else os.environ.get("TENSORLY_BACKEND", "numpy")
+    try:
+        yield
+    finally:
+        if "tensorly" in sys.modules:
+            sys.modules["tensorly"].set_backend(before)
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 
 from fastrank.benchmarks import timing
 from fastrank.benchmarks._check import Prepared, prepare
+from fastrank.benchmarks._peers import tensorly_kept
 from fastrank.benchmarks._registry import Case, Work, cases
 from fastrank.benchmarks.layers import peaks
 
@@ -35,7 +36,8 @@ def run(
     cudnn: Any = torch.backends.cudnn
     before, cudnn.benchmark = cudnn.benchmark, True
     try:
-        found = {name: family(cases(name, device), compare, seconds=seconds, say=say) for name in families}
+        with tensorly_kept():
+            found = {name: family(cases(name, device), compare, seconds=seconds, say=say) for name in families}
         environment = timing.environment()
     finally:
         cudnn.benchmark = before

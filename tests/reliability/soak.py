@@ -211,7 +211,7 @@ def counted() -> dict[str, int]:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter):
+        if type(thing) in (Tensor, nn.Parameter) and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     tensors = sum(storages.values())

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,12 +159,17 @@ print(len(steps), len(runs.train("norton", folder / "done", epochs=1)[1]))
 """
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody can look into; those of pytest belong to their user alone."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_a_read_only_folder_is_refused_before_the_training(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.getbasetemp().parent / f"read-only-{os.getpid()}"
-    folder.mkdir()
-    for parent in (folder, folder.parent):
-        os.chmod(parent, parent.stat().st_mode | 0o055)
+def test_a_read_only_folder_is_refused_before_the_training(open_folder: Path) -> None:
+    folder = open_folder
     done = python(READ_ONLY, str(folder))
     first, second, third, last = done.splitlines()
     assert first.endswith(f"a folder that may be written to, got {folder}/closed/checkpoint.safetensors")
