@@ -24,9 +24,11 @@ WAYS = ("factorized", "reconstructed")
 
 @contextmanager
 def tensorly_kept() -> Iterator[None]:
-    """Importing tensorly-torch sets TensorLy to torch for all of the process; afterwards it is as it was."""
+    """TensorLy over torch, as tensorly-torch needs it and, when it is imported, sets it; afterwards as it was."""
     loaded = sys.modules.get("tensorly")
     before = loaded.get_backend() if loaded is not None else os.environ.get("TENSORLY_BACKEND", "numpy")
+    if "tltorch" in sys.modules:
+        sys.modules["tensorly"].set_backend("pytorch")
     try:
         yield
     finally:

@@ -36,8 +36,7 @@ def run(
     cudnn: Any = torch.backends.cudnn
     before, cudnn.benchmark = cudnn.benchmark, True
     try:
-        with tensorly_kept():
-            found = {name: family(cases(name, device), compare, seconds=seconds, say=say) for name in families}
+        found = {name: family(cases(name, device), compare, seconds=seconds, say=say) for name in families}
         environment = timing.environment()
     finally:
         cudnn.benchmark = before
@@ -50,6 +49,7 @@ def run(
     }
 
 
+@tensorly_kept()
 def family(
     rows: Iterable[Case], compare: Sequence[str] | None = None, *, seconds: float = 1.0, say: Say = lambda line: None
 ) -> dict[str, Any]:
