@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from outcome import ROOT
 LIST = Path(__file__).with_name("seeded_bugs.yaml")
 WANTED = 0.95
 LIMIT_S = 900.0
+RUNNING: set[int] = set()
+"""Process groups at work, for an interrupted run to take along."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,15 @@ class Copy:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+            RUNNING.add(process.pid)
             try:
                 code: int | None = process.wait(limit_s)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 code = None
+            finally:
+                RUNNING.discard(process.pid)
             log.seek(0)
             return code, log.read()[-3000:]
 
@@ -147,7 +154,17 @@ def attempt_all(bugs: list[Bug], jobs: int, scratch: Path) -> dict[str, dict[str
     return found
 
 
+def stop(number: int, _: object) -> None:
+    """A run that is stopped leaves no tests behind."""
+    for group in list(RUNNING):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    os._exit(128 + number)
+
+
 def main() -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     parser = outcome.parser(__doc__)
     parser.add_argument("--only", default="", help="bugs whose name or file holds this text")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2 * 2), help="copies side by side")
