@@ -30,11 +30,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import outcome
 import process_groups
+import runs
 import torch
 import yaml
 from checkpoint_files import equal, same, step_of
 
-import runs
 from fastrank import _files, cli
 
 MODES = ("time", "point", "seen", "point")

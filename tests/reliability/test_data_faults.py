@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from checkpoint_files import contents, same, step_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-import runs
 from fastrank.data import TarSet, batches
 from fastrank.data._sets import FolderSet
 from fastrank.regularize import NuclearNorm

@@ -15,11 +15,11 @@ from typing import Any
 
 import process_groups
 import pytest
+import runs
 import torch
 import yaml
 from checkpoint_files import same, step_of
 
-import runs
 from fastrank import cli
 
 POINTS = ("open", "write", "fsync", "replace", "fsync")
