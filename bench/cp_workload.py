@@ -7,12 +7,10 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from typing import Any, NamedTuple
 
 import torch
+import workload
 from torch import Tensor
 
 Pair = tuple[int, int]
@@ -57,17 +55,7 @@ def factors_of(op: str, case: Case) -> list[tuple[int, ...]]:
 
 def main() -> None:
     """Exit with a sentence where the kernels cannot run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args().device
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports triton
-    elif not torch.cuda.is_available():
-        sys.exit("the Triton kernels cannot run: torch sees no NVIDIA GPU")
-    from fastrank import _backends
-
-    if _backends.why_no_triton():
-        sys.exit(f"the Triton kernels cannot run: {_backends.why_no_triton()}")
+    device = workload.device(__doc__, "Triton kernels")
     torch.manual_seed(0)
     kinds = (torch.float32, torch.float16) if device == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
     for index, (name, case) in enumerate(CASES.items()):

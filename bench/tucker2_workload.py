@@ -9,14 +9,12 @@ The CUDA kernels run a tile in one block and in as many as their plan would take
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import workload
 from torch import Tensor
 
 Pair = tuple[int, int]
@@ -88,20 +86,13 @@ def options(case: Case) -> dict[str, Any]:
 
 def main() -> None:
     """Exit with a sentence where a kernel is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args().device
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports triton
-    elif not torch.cuda.is_available():
-        sys.exit("the Tucker-2 kernels cannot run: torch sees no NVIDIA GPU")
+    device = workload.device(__doc__, "Tucker-2 kernels")
     from fastrank import _backends, _native, ops
     from fastrank.ops import _tucker2_kernels as kernels
 
     kernel, part = ("cuda", "_C_cuda") if device == "cuda" else ("host", "_host")
-    for missing in (_native.why_missing(part), _native.why_missing("_host"), _backends.why_no_triton()):
-        if missing:
-            sys.exit(f"the Tucker-2 kernels cannot run: {missing}")
+    for needed in (part, "_host"):
+        workload.require(_native.why_missing(needed), "Tucker-2 kernels")
     torch.manual_seed(0)
     card = _backends.card(torch.device(device))
     halves = (torch.float16, torch.bfloat16)

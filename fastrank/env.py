@@ -28,12 +28,20 @@ def collect() -> dict[str, Any]:
             "cudnn": _cudnn_version(),
         },
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "compiled": {name: _native.why_missing(name) or "loaded" for name in _native.PARTS},
         "build": _native.build_info(),
         "triton_interpreter": _backends.interpreting(),
         "backends": _backends_here(),
     }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cudnn_version() -> int | None:
@@ -50,13 +58,6 @@ def _backends_here() -> dict[str, dict[str, str]]:
         verdicts = _backends.explain(_backends.facts(op, probe))
         found[op] = {name: verdicts[name].reason for name in names}
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _gpu(index: int) -> dict[str, Any]:

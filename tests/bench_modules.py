@@ -24,3 +24,15 @@ def load(name: str) -> Any:
         finally:
             sys.path[:] = before
     return sys.modules[f"bench_{name}"]
+
+
+class FakeBenchmark:
+    """The part of pytest-benchmark's fixture that rows use."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.rounds = 0
+
+    def pedantic(self, call: Any, rounds: int) -> None:
+        call()
+        self.rounds = rounds

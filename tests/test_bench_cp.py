@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import pytest
 import torch
-from bench_modules import load
-
-
-class FakeBenchmark:
-    """The part of pytest-benchmark's fixture that rows use."""
-
-    def __init__(self) -> None:
-        self.extra_info: dict[str, Any] = {}
-        self.rounds = 0
-
-    def pedantic(self, call: Any, rounds: int) -> None:
-        call()
-        self.rounds = rounds
+from bench_modules import FakeBenchmark, load
 
 
 def test_rows_are_kept_as_the_goals_read_them(monkeypatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_modules import BENCH, load
+from bench_modules import BENCH, FakeBenchmark, load
 
 from fastrank import _backends, _native
 from fastrank.nn import FusedTucker2Conv
@@ -257,18 +257,6 @@ def test_a_row_times_everyone_cold_warm_and_eager(bench, fake_gpu, monkeypatch) 
     assert set(found["roofline"]) == set(names)
     assert found["roofline"]["auto"] == pytest.approx(found["floor_us"] / found["cold_graph"]["auto"]["p50_us"])
     assert found["bytes"] == 4 * layer.elements(2, True)
-
-
-class FakeBenchmark:
-    """The part of pytest-benchmark's fixture that rows use."""
-
-    def __init__(self) -> None:
-        self.extra_info: dict[str, Any] = {}
-        self.rounds = 0
-
-    def pedantic(self, call: Any, rounds: int) -> None:
-        call()
-        self.rounds = rounds
 
 
 def test_rows_from_end_to_end(bench, fake_gpu, monkeypatch, tmp_path) -> None:

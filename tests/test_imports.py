@@ -55,8 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     "tune": {"_backends", "_checks", "_tables", "convert", "decompose", "nn", "ops", "reference"},
     "env": {"_backends", "_native", "_tables", "_version"},
     "benchmarks": {
-        "_backends", "_checks", "_tables", "_version", "complexity", "convert", "decompose", "fuse", "models", "nn",
-        "ops", "plan", "reference",
+        "_backends", "_checks", "_tables", "_version", "complexity", "convert", "decompose", "env", "fuse", "models",
+        "nn", "ops", "plan", "reference",
     },
     "report": {
         "_atomic", "_checks", "complexity", "convert", "decompose", "io", "models", "nn", "plan", "ranks", "regularize",
@@ -184,6 +184,12 @@ def test_files_stay_short() -> None:
                 assert lines <= limits[path.suffix], f"{path.relative_to(ROOT)} has {lines} lines"
 
 
+def succeeds(code: str) -> None:
+    """`code` ends without an error in an interpreter of its own."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_names_are_imported_when_they_are_used() -> None:
     code = (
         "import sys, fastrank\n"
@@ -195,8 +201,7 @@ def test_names_are_imported_when_they_are_used() -> None:
         "except AttributeError as error: assert 'tarin' in str(error)\n"
         "else: sys.exit('a name that is none')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    succeeds(code)
 
 
 def test_import_is_light() -> None:
@@ -216,5 +221,4 @@ def test_import_is_light() -> None:
         "    layer(torch.ones(1, 4, 1, 1, requires_grad=True))\n"
         "assert counter.get_total_flops() == 2 * (4 * 2 + 2 * 3 + 3 * 6), counter.get_total_flops()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    succeeds(code)

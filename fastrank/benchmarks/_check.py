@@ -66,7 +66,10 @@ def prepare(case: Case, compare: Sequence[str] | None = None) -> Prepared:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a contender may raise without ending the run."""
+    """What a contender may raise without ending the run: what torch and its compilers raise for what they cannot run.
+
+    Named, because an interrupt, a full memory of the host or a wrong name in a contender must end it.
+    """
     raised: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, NotImplementedError)
     try:
         from triton.errors import TritonError

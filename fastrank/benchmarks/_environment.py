@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ import torch
 
 from fastrank import _tables
 from fastrank._version import __version__
+from fastrank.env import version
 
 PEERS = {"tltorch": "tensorly-torch", "tensorly": "tensorly", "torchao": "torchao", "torchvision": "torchvision"}
 _CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
@@ -52,14 +52,6 @@ def environment() -> dict[str, Any]:
         shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         found["nvidia_smi"] = dict(zip(_CLOCKS.split(","), shown.split(", "), strict=False))
     return found
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_mhz() -> dict[str, float | None]:
