@@ -26,7 +26,7 @@ def gated_factors(directions: list[Tensor], gates: list[Tensor], backend: str) -
     """`fastrank::gated_factors`."""
     chosen = _choose("gated_factor", directions, backend)
     if chosen == "reference":
-        found = [reference.gates.gated_factor(v, g) for v, g in zip(directions, gates, strict=True)]
+        found = reference.gates.gated_factors(directions, gates)
         return [_as(x, v) for x, v in zip(found, directions, strict=True)]
     outs = [empty_like(v) for v in directions]
     some = _filled(outs)
@@ -41,9 +41,8 @@ def gated_factors_backward(
     """`fastrank::gated_factors_backward`."""
     chosen = _choose("gated_factor", directions, backend)
     if chosen == "reference":
-        triples = zip(grads, directions, gates, strict=True)
-        found = [reference.gates.gated_factor_backward(*triple) for triple in triples]
-        return [_as(pair[0], v) for pair, v in zip(found, directions, strict=True)], [pair[1] for pair in found]
+        of_directions, of_gates = reference.gates.gated_factors_backward(grads, directions, gates)
+        return [_as(x, v) for x, v in zip(of_directions, directions, strict=True)], of_gates
     grad_directions, grad_gates = gated_factors_backward_fake(grads, directions, gates, backend)
     some = _filled(directions)
     for i in set(range(len(gates))) - set(some):
@@ -93,8 +92,7 @@ def funnel_penalty_backward(
     """`fastrank::funnel_penalty_backward`."""
     chosen = _choose("funnel_penalty", gates, backend)
     if chosen == "reference":
-        slopes = reference.gates.funnel_penalty_backward(grad, gates, c, normalized)
-        return [slope.contiguous() for slope in slopes]
+        return reference.gates.funnel_penalty_backward(grad, gates, c, normalized)
     grads = empty_gates(gates)
     sources, targets = [g.contiguous() for g in gates if g.numel()], [g for g in grads if g.numel()]
     if not targets:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,35 +19,42 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gated_factor(direction: Tensor, gate: Tensor) -> Tensor:
-    """gate[j] * direction[j] / |direction[j]|, the norm over all dimensions but the first.
+def gated_factors(directions: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """gate[j] * direction[j] / |direction[j]| for every pair of a list, the norm over all dimensions but the first.
 
-    direction (J, ...), gate (J,) -> (J, ...). Where the sum of squares of a slice is no normal number of the
-    accumulation dtype (in float32: a norm below about 1e-19), the slice counts as zero: it stays 0, and so do its
-    gradients and its gate's.
+    directions[i] (J_i, ...), gates[i] (J_i,) -> list of (J_i, ...). Where the sum of squares of a slice is no normal
+    number of the accumulation dtype (in float32: a norm below about 1e-19), the slice counts as zero: it stays 0, and
+    so do its gradient and its gate's.
     """
-    v, g = _widen(direction), _widen(gate)
-    return (_along(g * _inverse_norm(v), v) * v).to(direction.dtype)
+    # What is a number a slice is computed for the whole list at once: on a CPU a call costs more than its numbers.
+    scales = _flat(gates) * _inverse_norms(directions)
+    pairs = zip(directions, _split(scales, gates), strict=True)
+    return [(_along(scale, v) * _widen(v)).to(v.dtype) for v, scale in pairs]
 
 
-def gated_factor_backward(grad: Tensor, direction: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of (direction, gate) from grad (J, ...)."""
-    u, v, g = _widen(grad), _widen(direction), _widen(gate)
-    inverse = _inverse_norm(v)
-    along = _dot(u, v) * inverse
-    grad_direction = _along(g * inverse, v) * (u - _along(along * inverse, v) * v)
-    return grad_direction.to(direction.dtype), along.to(gate.dtype)
+def gated_factors_backward(
+    grads: Sequence[Tensor], directions: Sequence[Tensor], gates: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of (directions, gates), two lists, from grads[i] (J_i, ...)."""
+    inverse = _inverse_norms(directions)
+    along = _dots(grads, directions) * inverse
+    scales, shares = _split(_flat(gates) * inverse, gates), _split(along * inverse, gates)
+    grad_directions = []
+    for u, v, scale, share in zip(grads, directions, scales, shares, strict=True):
+        across = torch.addcmul(_widen(u), _along(share, v), _widen(v), value=-1)
+        grad_directions.append((_along(scale, v) * across).to(v.dtype))
+    return grad_directions, _apart(along, gates)
 
 
 def gated_factor_double_backward(
     a: Tensor, b: Tensor, grad: Tensor, direction: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (grad, direction, gate) from a (J, ...) and b (J,), those of `gated_factor_backward`'s two results.
+    """Gradients of (grad, direction, gate) from a (J, ...) and b (J,), those of its `gated_factors_backward`.
 
     With n = direction / norm: L = gate/norm (<a,grad> - <a,n><grad,n>) + b <grad,n>, differentiated.
     """
     a, b, u, v, g = (_widen(t) for t in (a, b, grad, direction, gate))
-    inverse = _inverse_norm(v)
+    inverse = _inverse_norms([v])
     n = _along(inverse, v) * v
     a_n, u_n, a_u = _dot(a, n), _dot(u, n), _dot(a, u)
     scale = g * inverse
@@ -63,23 +71,17 @@ def funnel_penalty(gates: Sequence[Tensor], c: float, normalized: bool) -> Tenso
 
     Tensors of any shapes -> 0-d, of the accumulation dtype.
     """
-    terms = []
-    for gate in gates:
-        size = _widen(gate).abs()
-        terms.append(torch.where(size == 0, 0.0, size / (size + c)).sum())
-    return torch.stack(terms).sum() * (c if normalized else 1.0)
+    sizes = _flat(gates).abs()
+    return torch.where(sizes == 0, 0.0, sizes / (sizes + c)).sum() * (c if normalized else 1.0)
 
 
 def funnel_penalty_backward(grad: Tensor, gates: Sequence[Tensor], c: float, normalized: bool) -> list[Tensor]:
     """grad * sign(g) c / (|g| + c)^2 (times c where `normalized`) for each tensor; the gradient at 0 is 0."""
-    scale = grad * (c if normalized else 1.0)
-    out = []
-    for gate in gates:
-        g = _widen(gate)
-        width = g.abs() + c
-        # Two divisions instead of a square: c * c is no normal number for a small c.
-        out.append((scale * (g.sign() * (1 / width) * (c / width))).to(gate.dtype))
-    return out
+    flat = _flat(gates)
+    width = flat.abs() + c
+    # Two divisions instead of a square: c * c is no normal number for a small c.
+    slopes = (grad * (c if normalized else 1.0)) * (flat.sign() * (1 / width) * (c / width))
+    return _apart(slopes, gates)
 
 
 def funnel_penalty_double_backward(
@@ -87,16 +89,11 @@ def funnel_penalty_double_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of (grad, gates) from those of `funnel_penalty_backward`'s results; F'' = -2c / (|g| + c)^3, 0 at 0."""
     scale = c if normalized else 1.0
-    one = torch.ones_like(grad)
-    slopes = funnel_penalty_backward(one, [_widen(g) for g in gates], c, normalized)
-    grad_grad = torch.stack([(_widen(u) * s).sum() for u, s in zip(upstream, slopes, strict=True)]).sum()
-    grads = []
-    for u, gate in zip(upstream, gates, strict=True):
-        g = _widen(gate)
-        width = g.abs() + c
-        curvature = torch.where(g == 0, 0.0, -2 / width * (1 / width) * (c / width))
-        grads.append((grad * scale * _widen(u) * curvature).to(gate.dtype))
-    return grad_grad.to(grad.dtype), grads
+    flat, up = _flat(gates), _flat(upstream)
+    slopes = torch.cat(funnel_penalty_backward(torch.ones_like(grad), [flat], c, normalized))
+    width = flat.abs() + c
+    curvature = torch.where(flat == 0, 0.0, -2 / width * (1 / width) * (c / width))
+    return (up * slopes).sum().to(grad.dtype), _apart(grad * scale * up * curvature, gates)
 
 
 def proximal_points(gates: Tensor, eta: float, c: float, penalty: str) -> Tensor:
@@ -137,9 +134,8 @@ def proximal_threshold(eta: float, c: float, penalty: str) -> float:
 
 def funnel_proximal_(gates: Sequence[Tensor], eta: float, c: float, penalty: str) -> None:
     """Every gate of a list becomes its proximal point, in place."""
-    flat = torch.cat([gate.flatten().double() for gate in gates])
-    moved = proximal_points(flat, eta, c, penalty)
-    for gate, part in zip(gates, moved.split_with_sizes([gate.numel() for gate in gates]), strict=True):
+    moved = proximal_points(torch.cat([gate.flatten().double() for gate in gates]), eta, c, penalty)
+    for gate, part in zip(gates, _split(moved, gates), strict=True):
         gate.copy_(part.view(gate.shape))
 
 
@@ -152,20 +148,42 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries of all tensors, one after the other; (sum of their sizes,)."""
+    return _widen(torch.cat([tensor.flatten() for tensor in tensors]))
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The 1-d parts of `flat` that stand for each tensor of a list."""
+    return flat.split_with_sizes([tensor.numel() for tensor in like])
+
+
+def _apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of `flat` in the shapes and dtype of a list, each in memory of its own, as results must be."""
+    copies: Any = torch.split_with_sizes_copy  # its stub says that it returns nothing
+    parts = copies(flat.to(like[0].dtype), [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """<x[j], y[j]> for every slice j of every pair; (J_1 + J_2 + ...,)."""
+    return torch.cat([_dot(_widen(x), _widen(y)) for x, y in zip(xs, ys, strict=True)])
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """<x[j], y[j]> for every j; (J, ...) -> (J,)."""
     product = (x * y).unsqueeze(-1)
     return product.sum(dim=tuple(range(1, product.dim())))
 
 
-def _inverse_norm(v: Tensor) -> Tensor:
-    """1 / |v[j]|, and 0 (with gradient 0) where the slice counts as zero.
+def _inverse_norms(vs: Sequence[Tensor]) -> Tensor:
+    """1 / |v[j]| for every slice of every tensor, and 0 (with gradient 0) where it counts as zero; (J_1 + J_2 + ...,).
 
     Tensor.sum adds pairwise; vector_norm would save a temporary and add one by one, with an error that grows with
     the length of the slice.
     """
-    squares = _dot(v, v)
-    zero = squares < torch.finfo(v.dtype).tiny
+    squares = _dots(vs, vs)
+    zero = squares < torch.finfo(squares.dtype).tiny
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, squares).sqrt())
 
 
