@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import covered
 import outcome
 import pytest
 from bench_modules import load
@@ -45,3 +46,10 @@ def test_the_page_tells_failures_and_what_was_never_run(folders: Path) -> None:
     assert page.bugs_table(found).endswith("Alive:\n\n- another (`fastrank/nn/_conv.py`)")
     outcome.finish("mutants", "1 of 1", {"rows": rows[:1]}, ok=True, keep=True)
     assert page.bugs_table(page.results(folders / "kept")).endswith("None is alive.")
+
+
+def test_what_coverage_leaves_out_is_there() -> None:
+    """A name that no test bears would leave out nothing."""
+    files = [path.read_text(encoding="utf-8") for path in sorted((outcome.ROOT / "tests").rglob("test_*.py"))]
+    for name in covered.LEFT_OUT:
+        assert any(f"def {name}(" in text for text in files), name
