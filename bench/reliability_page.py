@@ -37,7 +37,7 @@ def commands_table(found: Mapping[str, Any]) -> str:
         commit = each["machine"].get("commit") or ""
         lines.append(f"| `{command}` | {shows} | {figure} | {each['seconds']:,.0f} | {commit} |")
     known = [each["machine"] for each in found.values()]
-    machines = {f"{each['cpu']}, {each['cores']} thread{'s' * (each['cores'] != 1)}, torch {each['torch']}" for each in known}
+    machines = {f"{each['cpu']}, torch {each['torch']}, threads: {each['cores']}" for each in known}
     return "\n".join(lines) + (f"\n\nOn: {'; '.join(sorted(machines))}." if machines else "")
 
 

@@ -20,7 +20,7 @@ from outcome import ROOT
 
 WANTED = 95.0
 LEFT_OUT = ("test_any_convolution_under_the_interpreter", "test_no_kernel_spills")
-"""Kernels interpreted, many times as slowly while lines are counted, and compiled: what they run of fastrank/ others do."""
+"""Kernels interpreted at length, and compiled: slow while lines are counted, and few of those are in fastrank/."""
 
 
 def main() -> int:
