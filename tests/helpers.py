@@ -141,6 +141,8 @@ class FactoredConvSuite:
         wanted = self.oracle(x, factors, bias, **geometry)
         assert found.dtype == x.dtype
         assert found.shape == wanted.shape
+        unseen = [None if t is None else t.to("meta") for t in (x, *factors, bias)]
+        assert self.op(*unseen, backend="auto", **geometry).shape == wanted.shape
         if found.numel() == 0:
             return
         size = self.oracle(x.abs(), [f.abs() for f in factors], None if bias is None else bias.abs(), **geometry)
