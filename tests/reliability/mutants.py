@@ -3,13 +3,16 @@
     python tests/reliability/mutants.py [--only TEXT] [--jobs N] [--suite-passed] [--keep]
 
 First the tests named by the list have to pass in a copy without a bug (not asked again with --suite-passed). A bug is
-killed when one of its tests fails, or runs for more than LIMIT_S. Bugs of csrc/ are compiled into the module that runs
-kernels on the host. Nothing of the tree that this file lies in is written to, but for the result. Exit code 1 where
-fewer than 95 % are killed.
+killed when one of its tests fails, or runs for more than LIMIT_S; those marked slow are asked last. Bugs of csrc/ are
+compiled into the module that runs kernels on the host. Nothing of the tree that this file lies in is written to, but
+for the result, and outcomes of a run that is stopped: the next one of the very same files goes on from there. Exit code
+1 where fewer than 95 % are killed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import queue
 import shutil
@@ -34,6 +37,7 @@ from outcome import ROOT
 LIST = Path(__file__).with_name("seeded_bugs.yaml")
 WANTED = 0.95
 LIMIT_S = 900.0
+NO_TESTS = 5  # pytest's exit code where it finds none
 RUNNING: set[int] = set()
 """Process groups at work, for an interrupted run to take along."""
 
@@ -73,6 +77,15 @@ class Copy:
                 shutil.copy2(ROOT / name, folder / name)
         (folder / "fastrank" / "triton_kernels").symlink_to("../triton_kernels")  # where an installation has them
 
+    def digest(self) -> str:
+        """Of all files that a bug's tests may read, with their names."""
+        found = hashlib.sha256()
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            name = path.relative_to(self.folder)
+            if name.suffix not in (".md", ".pyc") and name.parts[:2] != ("bench", "results"):
+                found.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+        return found.hexdigest()[:16]
+
     def run(self, command: list[str], limit_s: float = LIMIT_S, **more: str) -> tuple[int | None, str]:
         """Exit code (None: out of time) and the end of what was printed."""
         variables = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", **more}
@@ -93,9 +106,13 @@ class Copy:
             return code, log.read()[-3000:]
 
     def pytest(self, tests: Iterable[str]) -> tuple[int | None, str]:
-        """The tests, up to the first that fails."""
+        """The tests, up to the first that fails, the slow ones last."""
         options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
-        return self.run([sys.executable, "-m", "pytest", *options, *tests])
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        first, last = self.run([*command, "-m", "not slow"]), None
+        if first[0] in (0, NO_TESTS):
+            last = self.run([*command, "-m", "slow"])
+        return first if last is None or (first[0] == 0 and last[0] == NO_TESTS) else last
 
     def build(self) -> tuple[int | None, str]:
         """The module that runs the kernels on the host."""
@@ -130,27 +147,39 @@ def attempt(bug: Bug, copy: Copy) -> dict[str, Any]:
 
 
 def attempt_all(bugs: list[Bug], jobs: int, scratch: Path) -> dict[str, dict[str, Any]]:
-    """The outcome of every bug, by its name, from `jobs` copies at work side by side."""
+    """The outcome of every bug, by its name, from `jobs` copies at work side by side; those that are known stay."""
+    copies = [Copy(scratch / str(number)) for number in range(jobs)]
+    notes = outcome.SCRATCH / f"mutants-{copies[0].digest()}.json"
+    known: dict[str, dict[str, Any]] = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+    found = {bug.name: known[bug.name] for bug in bugs if bug.name in known}
+    if found:
+        print(f"{len(found)} outcomes are those of a run that was stopped, in {notes}", flush=True)
     waiting: queue.SimpleQueue[Bug] = queue.SimpleQueue()
     for bug in sorted(bugs, key=lambda each: not each.compiled):  # the long ones first
-        waiting.put(bug)
-    found: dict[str, dict[str, Any]] = {}
+        if bug.name not in found:
+            waiting.put(bug)
+    one = threading.Lock()
 
-    def work(number: int) -> None:
-        copy = Copy(scratch / str(number))
+    def work(copy: Copy) -> None:
         while True:
             try:
                 bug = waiting.get_nowait()
             except queue.Empty:
                 return
-            found[bug.name] = attempt(bug, copy)
-            print(f"{found[bug.name]['outcome']:9}{bug.name} ({bug.file})", flush=True)
+            result = attempt(bug, copy)
+            with one:
+                found[bug.name] = result
+                notes.parent.mkdir(parents=True, exist_ok=True)
+                notes.write_text(json.dumps(known | found), encoding="utf-8")
+            print(f"{result['outcome']:9}{bug.name} ({bug.file})", flush=True)
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(jobs)]
+    workers = [threading.Thread(target=work, args=(copy,)) for copy in copies]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    if (known | found).keys() >= {bug.name for bug in seeded()}:
+        notes.unlink(missing_ok=True)  # nothing is left to go on with
     return found
 
 

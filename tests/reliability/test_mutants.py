@@ -57,3 +57,31 @@ def test_a_test_that_never_ends_counts_as_a_kill(copy: mutants.Copy, monkeypatch
     monkeypatch.setattr(copy, "run", lambda command, limit_s=0.0: run(command, 3.0))
     found = mutants.attempt(mutants.Bug("a bug", "code.py", "test_twice.py", "2 * x", "x"), copy)
     assert (found["outcome"], found["by"]) == ("killed", "time")
+
+
+def test_slow_tests_are_asked_where_the_others_find_nothing(copy: mutants.Copy) -> None:
+    text = (copy.folder / "test_twice.py").read_text()
+    (copy.folder / "pytest.ini").write_text("[pytest]\nmarkers = slow: takes long\n")
+    text = text.replace("def test()", "@pytest.mark.slow\ndef test()") + "\n\ndef test_fast():\n    pass\n"
+    (copy.folder / "test_twice.py").write_text("import pytest\n" + text)
+    for new, outcome in (("3 * x", "killed"), ("x + x", "survived")):
+        bug = mutants.Bug("a bug", "code.py", "test_twice.py", "2 * x", new)
+        assert mutants.attempt(bug, copy)["outcome"] == outcome
+
+
+def test_a_stopped_run_goes_on(copy: mutants.Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (mutants.Bug(name, "code.py", "test_twice.py", "2 * x", new) for name, new in (("a", "x"), ("b", "0")))
+    asked: list[str] = []
+    attempt = mutants.attempt
+    monkeypatch.setattr(mutants.outcome, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(mutants, "Copy", lambda folder: copy)
+    monkeypatch.setattr(mutants, "seeded", lambda: [one, other])
+    monkeypatch.setattr(mutants, "attempt", lambda bug, where: asked.append(bug.name) or attempt(bug, where))
+    assert mutants.attempt_all([one], 1, tmp_path).keys() == {"a"}
+    assert mutants.attempt_all([one, other], 1, tmp_path).keys() == {"a", "b"}
+    assert asked == ["a", "b"]
+    assert not list((tmp_path / "scratch").iterdir())  # done: the next run begins anew
+    mutants.attempt_all([one], 1, tmp_path)
+    (copy.folder / "code.py").write_text("def twice(x):\n    return 2 * x + 0\n")
+    mutants.attempt_all([one], 1, tmp_path)
+    assert asked == ["a", "b", "a", "a"]  # files that differ are another tree
