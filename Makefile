@@ -96,7 +96,8 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 # Every file that is installed has its hash in requirements.lock; with TORCH=latest only the other packages' versions
-# are held. setuptools comes first, because one package has no wheel and is built with it.
+# are held. First come setuptools, because one package has no wheel and is built with it, and pip: that of a fresh Python
+# 3.10 or 3.11 refuses a package asked for with an extra as soon as there is a newer version of it than the pinned one.
 $(READY): pyproject.toml setup.py requirements.lock $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing torch and the build tools (several GB the first time) ..."
@@ -106,7 +107,7 @@ ifeq ($(TORCH),latest)
 	@echo "Building fastrank ..."
 	$(PIP) install -q -c $(VENV)/held.txt --no-build-isolation -e '.[dev]'
 else
-	awk '/^[a-z]/ {first = /^setuptools==/} first' requirements.lock > $(VENV)/first.txt
+	awk '/^[a-z]/ {first = /^(pip|setuptools)==/} first' requirements.lock > $(VENV)/first.txt
 	$(PIP) install -q --require-hashes -r $(VENV)/first.txt
 	$(PIP) install -q --require-hashes --no-build-isolation -r requirements.lock
 	@echo "Building fastrank ..."

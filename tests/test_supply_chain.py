@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,43 @@ def test_the_makefile_installs_by_hashes_alone() -> None:
     installs = [line for line in pinned.splitlines() if "install" in line and "echo" not in line]
     assert len(installs) == 3
     assert all("--require-hashes" in line or "--no-deps" in line for line in installs)
+
+
+def wheel(folder: Path, name: str, version: str, *lines: str) -> Path:
+    """An empty package, as a wheel with these lines in its metadata."""
+    info = f"{name}-{version}.dist-info"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    metadata = ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{info}/METADATA", "\n".join(metadata))
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_pip_takes_a_pin_of_what_another_package_wants_with_an_extra(tmp_path: Path) -> None:
+    """pip before 23.3, which Python 3.10 and 3.11 carry, refuses it once a newer version than the pinned one is out."""
+    extra = ("Provides-Extra: more",)
+    old, _ = wheel(tmp_path, "part", "1.0", *extra), wheel(tmp_path, "part", "2.0", *extra)
+    whole = wheel(tmp_path, "whole", "1.0", "Requires-Dist: part[more]>=1.0")
+    lock = tmp_path / "lock.txt"
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (old, whole)]
+    lock.write_text("part==1.0 --hash=sha256:{}\nwhole==1.0 --hash=sha256:{}\n".format(*hashes), encoding="utf-8")
+    command = f"-m pip install --isolated --dry-run --no-index --find-links {tmp_path} --require-hashes -r {lock}"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Would install part-1.0 whole-1.0" in done.stdout
+
+
+def test_the_pip_that_installs_the_lock_is_installed_first() -> None:
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nelse\n", 2)[-1]
+    program = re.search(r"awk '([^']+)' requirements.lock > \$\(VENV\)/first.txt", recipe)
+    assert program is not None
+    command = ["awk", program[1].replace("$$", "$"), str(ROOT / "requirements.lock")]
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pinned = {match[1]: match[2] for line in first if (match := PIN.match(line))}
+    assert set(pinned) == {"pip", "setuptools"}
+    assert tuple(int(part) for part in pinned["pip"].split(".")[:2]) >= (23, 3)
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
