@@ -103,18 +103,23 @@ def interpreting() -> bool:
 
 def facts(op: str, x: Tensor, work: ConvWork | None = None) -> Facts:
     """The facts of a call of `op` whose leading tensor is `x`."""
+    return facts_of(op, x.device, x.dtype, work)
+
+
+def facts_of(op: str, device: torch.device, dtype: torch.dtype, work: ConvWork | None = None) -> Facts:
+    """The facts of a call of `op` on tensors of a device and dtype."""
     return Facts(
         op=op,
-        device=x.device.type,
-        dtype=x.dtype,
+        device=device.type,
+        dtype=dtype,
         interpreter=interpreting(),
         missing_triton=why_no_triton(),
         missing_cuda=_native.why_missing("_C_cuda"),
         missing_host=_native.why_missing("_host"),
         work=work,
-        machine="" if work is None else _tables.device_name(x.device.type, x.device.index),
-        threads=torch.get_num_threads() if x.device.type == "cpu" else 0,
-        card=None if work is None or x.device.type == "meta" else card(x.device),
+        machine="" if work is None else _tables.device_name(device.type, device.index),
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        card=None if work is None or device.type == "meta" else card(device),
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from fastrank import _backends, _tables
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -60,3 +63,21 @@ def poison() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def auto_takes() -> Iterator[Callable[[str | Callable[[Any], str]], None]]:
+    """auto_takes(backend), or (function of facts -> backend): what `auto` of the factored convolutions takes now."""
+    before = _backends.fastest
+
+    def take(backend: str | Callable[[Any], str]) -> None:
+        def fastest(facts: Any) -> _backends.Choice:
+            name = backend if isinstance(backend, str) else backend(facts)
+            return _backends.Choice(name, _tables.Estimate({name: 1.0}, "made up"))
+
+        _backends.fastest = fastest
+        _tables.forget()  # and what was answered before
+
+    yield take
+    _backends.fastest = before
+    _tables.forget()

@@ -107,6 +107,17 @@ def close_gates(layer: nn.Module, *open_gates: int) -> None:
             gate.copy_((torch.arange(len(gate)) < count).to(gate.dtype))
 
 
+class Calling(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
 class FactoredConvSuite:
     """What `tucker2_conv2d` and `cp_conv2d` both have to show. Subclasses give op, overload and factors().
 
@@ -222,6 +233,56 @@ class FactoredConvSuite:
 
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+    @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+    @pytest.mark.parametrize("choice", ["sequence", "dense"])
+    def test_auto_past_the_operator_equals_the_operator(self, choice, activation, auto_takes):
+        auto_takes(choice)
+        inputs = [randn(2, 4, 6, 5), *self.factors(4, 3, (3, 2), 2, torch.float32), randn(3, seed=5)]
+        inputs.append(randn(2, 3, 3, 6, seed=7))
+        found = []
+        for backend in ("auto", choice):
+            own = [i.clone().requires_grad_() for i in inputs]
+            out = self.op(*own[:-1], residual=own[-1], activation=activation, stride=(2, 1), padding=1, backend=backend)
+            assert ("fastrank" in type(out.grad_fn).__name__) == (backend != "auto")
+            found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), own)])
+        assert torch.equal(found[0][0], found[1][0])
+        for a, b in zip(*found, strict=True):  # the gradient of a bias is summed by another routine
+            assert l2_relative(a, b) <= 1e-6
+
+    def test_auto_keeps_the_maps_between_and_the_operator_does_not(self, auto_takes):
+        auto_takes("sequence")
+        inputs = [randn(2, 4, 6, 5), *self.factors(4, 3, (3, 3), 2, torch.float32), randn(3, seed=5)]
+        inputs = [i.requires_grad_() for i in inputs]
+        kept = {}
+        for backend in ("auto", "sequence"):
+            shapes = kept[backend] = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, to=shapes: to.append(t.shape) or t, lambda t: t):
+                out = self.op(*inputs, padding=1, backend=backend)
+            out.sum().backward()
+        maps = [{tuple(each) for each in shapes if tuple(each[2:]) == (6, 5)} for shapes in kept.values()]
+        assert maps[1] == {(2, 4, 6, 5)}, "x alone"
+        assert maps[0] > maps[1]
+
+    @pytest.mark.parametrize("choices", [("sequence", "dense"), ("dense", "sequence")])
+    def test_auto_is_the_operator_where_the_backward_pass_takes_another_way(self, choices, auto_takes):
+        auto_takes(lambda facts: choices[facts.work.call == "backward"])
+        inputs = [randn(2, 4, 6, 5), *self.factors(4, 3, (3, 3), 2, torch.float32), randn(3, seed=5)]
+        out = self.op(*(i.requires_grad_() for i in inputs))
+        assert "fastrank" in type(out.grad_fn).__name__
+
+    def test_auto_is_the_operator_where_torch_watches(self, auto_takes):
+        auto_takes("sequence")
+        x, *factors = randn(2, 4, 6, 5), *self.factors(4, 3, (3, 3), 2, torch.float32)
+        name = self.overload().name().partition(".")[0].removeprefix("fastrank::")
+        calling = Calling(self.op)
+        traced = torch.fx.experimental.proxy_tensor.make_fx(calling)(x, *factors)
+        for graph in (traced.graph, torch.export.export(calling, (x, *factors)).graph):
+            called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+            assert called == [f"fastrank.{name}.default"]
+        with FlopCounterMode(display=False) as counter:
+            self.op(x, *factors)
+        assert [str(key) for key in counter.get_flop_counts()["Global"]] == [f"fastrank.{name}"]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_opcheck(self, layout):

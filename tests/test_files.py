@@ -144,6 +144,19 @@ def test_every_flipped_bit_and_every_cut_is_noticed(saved: Path) -> None:
             _files.load_tensors(saved)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"shape":[2,3]', b'"shape":[3,2]'), (b'"I64"', b'"F64"'), (b'"a":', b'"c":'), (b'"k":"v"', b'"k":"w"')],
+)
+def test_a_header_that_says_something_else_of_the_same_bytes_is_noticed(saved: Path, old: bytes, new: bytes) -> None:
+    data = saved.read_bytes()
+    assert data.count(old) == 1
+    saved.write_bytes(data.replace(old, new))
+    safetensors.torch.load(saved.read_bytes())  # a file as good as any, but for its checksum
+    with pytest.raises(ValueError, match=r"do not match their checksum$"):
+        _files.load_tensors(saved)
+
+
 def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError, match=r"path must be a safetensors file, got .*file, which does not exist"):

@@ -103,7 +103,7 @@ class Prepared:
         return self._serve(layer, x, residual)
 
     def _serve(self, layer: FusedConv2d, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        if type(x) is not Tensor or layer.backend != "auto" or _watched(x):
+        if type(x) is not Tensor or layer.backend != "auto" or _register.watched(x) or _autocast():
             return None
         if torch.is_grad_enabled() and _needs_gradient(layer, x, residual):
             # Whoever trains changes the factors, by ways that torch may not count (sharded parameters).
@@ -140,13 +140,6 @@ _modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.pee
 _tracing, _autocast = torch._C._get_tracing_state, torch._C._is_any_autocast_enabled
 # An input's shape, strides, dtype and device, and threads; the factors as kept, the bias; convolutions, activation.
 _Latest = tuple[Any, ...]
-
-
-def _watched(x: Tensor) -> bool:
-    """Whether a transformation of torch wants to see the operator, or changes what convolutions compute."""
-    if _modes() or _functorch() is not None or _tracing() is not None or _autocast():
-        return True
-    return x.layout is not torch.strided or x.is_meta
 
 
 def _needs_gradient(layer: FusedConv2d, x: Tensor, residual: Tensor | None) -> bool:

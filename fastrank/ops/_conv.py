@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrank import _backends, _checks
+from fastrank import _backends, _checks, _tables
 from fastrank.ops import _register
 from fastrank.reference.conv import ACTIVATIONS, epilogue, epilogue_backward
 from fastrank.reference.conv import Geometry as Geometry
@@ -109,6 +109,11 @@ def convolve(
     x, geometry = conv_geometry(x, kernel, stride, padding, dilation)
     if residual is not None:
         _checks.tensor("residual", residual, _out_shape(name, x, values, geometry), "the output's shape")
+    if backend == "auto" and not _register.watched(x, *values, bias, residual):
+        with _register.no_autocast(x):  # the tensors are cast, and sums stay in their dtype
+            found = EAGER[name](x, values, bias, residual, geometry, activation)
+        if found is not None:
+            return found
     out: Tensor = getattr(torch.ops.fastrank, name)(x, *values, bias, residual, *geometry, activation, backend)
     return out
 
@@ -128,20 +133,46 @@ def out_size(size: Pair, kernel: Pair, geometry: Geometry) -> Pair:
 
 def work_of(name: str, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, call: str) -> _backends.ConvWork:
     """A call of the operator as tables know it."""
-    out_channels, kernel, ranks = SIZES[name](*(factor.shape for factor in factors))
+    channels_last = _register.memory_format(x) is torch.channels_last
+    return _work(name, x.shape, [factor.shape for factor in factors], geometry, channels_last, call)
+
+
+def _work(
+    name: str, x: Shape, factors: Sequence[Shape], geometry: Geometry, channels_last: bool, call: str
+) -> _backends.ConvWork:
+    """The same from the shapes."""
+    out_channels, kernel, ranks = SIZES[name](*factors)
     return _backends.ConvWork(
-        batch=x.shape[0],
-        in_channels=x.shape[1],
+        batch=x[0],
+        in_channels=x[1],
         out_channels=out_channels,
-        size=(x.shape[2], x.shape[3]),
+        size=(x[2], x[3]),
         kernel=kernel,
         ranks=ranks,
         stride=geometry[0],
         padding=geometry[1],
         dilation=geometry[2],
-        channels_last=_register.memory_format(x) is torch.channels_last,
+        channels_last=channels_last,
         call=call,
     )
+
+
+@_tables.remembered
+def _chosen(
+    name: str,
+    x: Shape,
+    factors: tuple[Shape, ...],
+    geometry: Geometry,
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    interpreter: bool,
+    call: str,
+) -> str:
+    """What `auto` takes for a call; threads and interpreter are what its facts have of the process."""
+    work = _work(name, x, factors, geometry, channels_last, call)
+    return _backends.choose(_backends.facts_of(name, device, dtype, work), "auto")
 
 
 def _facts(name: str, x: Tensor, factors: Sequence[Tensor], geometry: Geometry, call: str) -> _backends.Facts:
@@ -158,6 +189,9 @@ def like(grad: Tensor, t: Tensor) -> Tensor:
     return grad.contiguous(memory_format=_register.memory_format(t))
 
 
+# Past the operator: (x, factors, bias, residual, geometry, activation) -> its result, or None where it has to serve.
+Eager = Callable[[Tensor, Sequence[Tensor], Tensor | None, Tensor | None, Geometry, str], Tensor | None]
+EAGER: dict[str, Eager] = {}
 SIZES: dict[str, Callable[..., Sizes]] = {}
 KERNELS: dict[str, Mapping[str, Kernels]] = {}
 
@@ -188,19 +222,54 @@ def register_convolution(
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, bias, residual, stride, padding, dilation, activation, backend = arguments
         geometry = (tuple(stride), tuple(padding), tuple(dilation))
-        memory_format = _register.memory_format(x)
         chosen = _backends.choose(_facts(name, x, tensors, geometry, "forward"), backend)
         if chosen in kernels:
             out = empty(x, _out_shape(name, x, tensors, geometry))
             if out.numel():
                 kernels[chosen].prepare(x, tensors, bias, geometry)(x, residual, out, activation)
             return out
+        return by_library(chosen, x, tensors, bias, residual, geometry, activation)
+
+    def by_library(
+        chosen: str,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        residual: Tensor | None,
+        geometry: Geometry,
+        activation: str,
+    ) -> Tensor:
+        """By operators whose derivatives torch knows."""
         if chosen == "dense":
             out = epilogue(F.conv2d(x, merge(*tensors), bias, *geometry), residual, activation)
         else:
             serve = libraries[chosen].forward if chosen in libraries else sequence
             out = serve(x, *tensors, bias, residual, *geometry, activation)
-        return out.contiguous(memory_format=memory_format)
+        return out.contiguous(memory_format=_register.memory_format(x))
+
+    def eager(
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        residual: Tensor | None,
+        geometry: Geometry,
+        activation: str,
+    ) -> Tensor | None:
+        """The library's own calls, where `auto` takes the same of them both ways: they cost less than an operator
+        of Python, and keep the maps between for the backward pass."""
+        last = _register.memory_format(x) is torch.channels_last
+        call = name, x.shape, tuple([t.shape for t in tensors]), geometry, last, x.dtype, x.device
+        process = torch.get_num_threads(), _backends.interpreting()
+        chosen = _chosen(*call, *process, "forward")
+        if chosen in kernels:
+            return None
+        given = (x, *tensors, bias, residual)
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        if trains and _chosen(*call, *process, "backward") != chosen:
+            return None
+        return by_library(chosen, x, tensors, bias, residual, geometry, activation)
+
+    EAGER[name] = eager
 
     def fake(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, _, _, stride, padding, dilation, _, _ = arguments

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastrank import _native
 
@@ -126,6 +128,27 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which tensors that `autocast` has cast keep their dtype."""
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
+
+
+# Looked up once: asking costs less than a microsecond.
+_modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether torch has to see an operator: a compiler, tracer, mode or transformation is at work, or a tensor is no
+    plain one."""
+    if torch.compiler.is_compiling() or _modes() or _functorch() is not None or _tracing() is not None:
+        return True
+    return any(
+        t is not None and (type(t) not in (Tensor, Parameter) or t.layout is not torch.strided or t.is_meta)
+        for t in tensors
+    )
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

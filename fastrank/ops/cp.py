@@ -31,8 +31,9 @@ def cp_conv2d(
     Shapes: x (N, I, H, W), pointwise (R, O, I), vertical (R, O, kh), horizontal (R, O, kw), bias (O,),
     residual (N, O, H', W') -> (N, O, H', W'). The vertical pass strides along H, the horizontal one along W; padding
     may be "same" or "valid" (zeros). activation: "none" | "relu" | "silu". Tensors are of one dtype and device and of
-    any strides; the output has x's memory format. Differentiable in every tensor, twice; the backward pass recomputes
-    the intermediate maps. Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
+    any strides; the output has x's memory format. Differentiable in every tensor, twice. A backend that is named
+    recomputes the intermediate maps in the backward pass; "auto" stores them where it takes library calls both ways.
+    Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
 
     backend: "auto" (by tables of measured times) | "sequence" (library convolutions and a sum) | "depthwise" (a rank
     after the other: 1×1, then one depthwise kh×kw for both passes) | "dense" (one, with the merged kernel) |

@@ -31,9 +31,9 @@ def tucker2_conv2d(
     residual (N, O, H', W') -> (N, O, H', W'). Stride, padding (also "same" and "valid", zeros) and dilation belong to
     the core. activation: "none" | "relu" | "silu". Tensors are of one dtype and device and of any strides; the output
     has x's memory format. Channels-last with channels in multiples of 8 is what the kernels read and write fastest;
-    other layouts they read in place. Differentiable in every tensor, twice; the backward pass recomputes the two
-    intermediate maps instead of storing them. Under autocast the inputs are cast as for
-    `torch.nn.functional.conv2d`.
+    other layouts they read in place. Differentiable in every tensor, twice. A backend that is named recomputes the two
+    intermediate maps in the backward pass; "auto" stores them where it takes library calls both ways. Under autocast
+    the inputs are cast as for `torch.nn.functional.conv2d`.
 
     backend: "auto" (by tables of measured times) | "sequence" (three library convolutions) | "dense" (one, with the
     merged kernel) | "triton" | "cuda" (one fused kernel; float16 and bfloat16 in CUDA C++, float32 too in Triton) |

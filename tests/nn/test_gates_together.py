@@ -252,12 +252,13 @@ def test_compiles_to_one_graph(reentrant):
     model = Deep(reentrant)
     gates_together(model)
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    want = outcome(Deep())
+    alone, compiled = Deep(), torch.compile(model, fullgraph=True, backend="aot_eager")
+    # Graphs hold operators, which sum the gradient of a bias apart: bits are those of another graph.
+    want = outcome(alone, call=torch.compile(alone, fullgraph=True, backend="aot_eager"))
     for _ in range(2):
         assert equal(outcome(model, call=compiled), want)
         assert idle(model)
-    assert equal(outcome(model), want), "the model itself, by the same hooks"
+    assert equal(outcome(model), outcome(Deep())), "the model itself, by the same hooks"
 
 
 def test_distributed_data_parallel():

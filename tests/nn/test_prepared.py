@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrank import _backends
-from fastrank._tables import Estimate
 from fastrank.nn import FusedCPConv, FusedTucker2Conv, _forms, _prepared
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
@@ -24,16 +23,15 @@ KINDS = {"tucker2": FusedTucker2Conv, "cp": FusedCPConv}
 
 
 @pytest.fixture(params=["sequence", "dense"])
-def chosen(request, monkeypatch):
+def chosen(request, auto_takes):
     """What `auto` chooses."""
-    choice = _backends.Choice(request.param, Estimate({request.param: 1.0}, "made up"))
-    monkeypatch.setattr(_backends, "fastest", lambda facts: choice)
+    auto_takes(request.param)
     return request.param
 
 
 @pytest.fixture
-def dense(monkeypatch):
-    monkeypatch.setattr(_backends, "fastest", lambda facts: _backends.Choice("dense", Estimate()))
+def dense(auto_takes):
+    auto_takes("dense")
 
 
 def layer_of(kind="tucker2", dtype=torch.float32, **options):
@@ -70,10 +68,6 @@ def test_the_module_call_takes_the_fast_path_and_only_without_gradients(chosen, 
     wanted = layer(x)
     assert wanted.requires_grad
     assert layer._prepared._kept is None
-    monkeypatch.setattr(torch.ops.fastrank, "tucker2_conv2d", None)
-    with pytest.raises(TypeError):
-        layer(x)
-    monkeypatch.undo()
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             first = layer(x.clone())  # in inference mode one that keeps no count of writes
@@ -224,11 +218,9 @@ def test_shapes_are_not_kept_without_end(chosen, monkeypatch):
         assert len(layer._prepared._kept.plans) <= 3
 
 
-def test_the_number_of_threads_is_part_of_a_choice(monkeypatch):
+def test_the_number_of_threads_is_part_of_a_choice(auto_takes):
     asked = []
-    monkeypatch.setattr(
-        _backends, "fastest", lambda facts: asked.append(facts.threads) or _backends.Choice("sequence", Estimate())
-    )
+    auto_takes(lambda facts: asked.append(facts.threads) or "sequence")
     layer, x, before = layer_of(), randn(1, 5, 6, 6), torch.get_num_threads()
     try:
         for threads in (1, 2, 1):
@@ -240,11 +232,9 @@ def test_the_number_of_threads_is_part_of_a_choice(monkeypatch):
     assert set(asked) == {1, 2}
 
 
-def test_the_work_it_asks_about(monkeypatch):
+def test_the_work_it_asks_about(auto_takes):
     asked = []
-    monkeypatch.setattr(
-        _backends, "fastest", lambda facts: asked.append(facts) or _backends.Choice("sequence", Estimate())
-    )
+    auto_takes(lambda facts: asked.append(facts) or "sequence")
     layer = layer_of(stride=2, padding_mode="reflect")
     fast(layer, randn(2, 5, 8, 7).contiguous(memory_format=torch.channels_last))
     (facts,) = [facts for facts in asked if facts.work.call == "inference"]
@@ -252,8 +242,8 @@ def test_the_work_it_asks_about(monkeypatch):
     assert facts.work == _backends.ConvWork(2, 5, 6, (10, 9), (3, 3), (2, 2), (2, 2), (0, 0), (1, 1), True, "inference")
 
 
-def test_a_kernel_that_is_chosen_runs_as_the_operator(monkeypatch):
-    monkeypatch.setattr(_backends, "fastest", lambda facts: _backends.Choice("reference", Estimate()))
+def test_a_kernel_that_is_chosen_runs_as_the_operator(auto_takes):
+    auto_takes("reference")
     layer, x = layer_of(), randn(2, 5, 8, 8)
     assert served_by_the_operator(layer, x)
     assert served_by_the_operator(layer, x)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers import EPS, LAYOUTS, lay_out, max_relative, randn
 
-from fastrank import _backends
-from fastrank._tables import LIBRARY, Estimate
+from fastrank._tables import LIBRARY
 from fastrank.nn import FusedCPConv, FusedTucker2Conv, SVDConv
 from fastrank.nn.svd import SCHEMES
 
@@ -28,10 +27,6 @@ KINDS = {
     "cp": FusedCPConv,
     **{scheme: partial(SVDConv, scheme=scheme) for scheme in SCHEMES},
 }
-
-
-def choose(monkeypatch, name):
-    monkeypatch.setattr(_backends, "fastest", lambda facts: _backends.Choice(name, Estimate()))
 
 
 def layer_of(kind="tucker2", dtype=torch.float32, **options):
@@ -55,8 +50,8 @@ FORMS = [(kind, name) for kind in KINDS for name in LIBRARY[layer_of(kind).form.
 @pytest.mark.parametrize(("kind", "name"), FORMS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-def test_equals_the_operator_in_every_geometry(kind, name, geometry, activation, monkeypatch):
-    choose(monkeypatch, name)
+def test_equals_the_operator_in_every_geometry(kind, name, geometry, activation, auto_takes):
+    auto_takes(name)
     for bias in (True, False):
         layer = layer_of(kind, torch.float64, activation=activation, bias=bias, **geometry)
         for x in (randn(3, 5, 11, 9, dtype=torch.float64), randn(5, 11, 9, dtype=torch.float64)):
@@ -73,8 +68,8 @@ def test_equals_the_operator_in_every_geometry(kind, name, geometry, activation,
 @pytest.mark.parametrize(("kind", "name"), FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", EPS)
-def test_equals_the_operator_in_every_layout_and_dtype(kind, name, layout, dtype, monkeypatch):
-    choose(monkeypatch, name)
+def test_equals_the_operator_in_every_layout_and_dtype(kind, name, layout, dtype, auto_takes):
+    auto_takes(name)
     layer = layer_of(kind, dtype)
     x = lay_out(randn(3, 5, 8, 7, dtype=dtype), layout)
     found, wanted = fast(layer, x), layer._operate(x, None)

@@ -10,7 +10,6 @@ import torch
 from helpers import randn
 
 from fastrank import _backends, _native
-from fastrank._tables import Estimate
 from fastrank.nn import FusedTucker2Conv
 from fastrank.ops._conv import KERNELS
 
@@ -38,13 +37,13 @@ def fast(layer, x, residual=None):
 
 
 @pytest.fixture(params=["host", "triton"])
-def kernel(request, monkeypatch):
+def kernel(request, auto_takes):
     """A kernel that `auto` chooses, as it would on a GPU."""
     if request.param == "host" and _native.why_missing("_host"):
         pytest.skip(_native.why_missing("_host"))
     if request.param == "triton" and not _backends.interpreting():
         pytest.skip("a GPU is here: Triton's interpreter is off")
-    monkeypatch.setattr(_backends, "fastest", lambda facts: _backends.Choice(request.param, Estimate()))
+    auto_takes(request.param)
     return request.param
 
 
