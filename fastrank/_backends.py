@@ -19,6 +19,7 @@ from torch import Tensor
 from fastrank import _checks, _native, _tables
 from fastrank._tables import ConvWork as ConvWork
 from fastrank._tables import Estimate
+from fastrank._tables import remembered as remembered
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ class Choice:
     estimate: Estimate
 
 
-@_tables.remembered
+@remembered
 def fastest(facts: Facts) -> Choice:
     """Of the backends that can run and whose time is known the fastest; the first of the operator's where none is."""
     assert facts.work is not None

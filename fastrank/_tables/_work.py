@@ -25,7 +25,9 @@ class ConvWork:
     padding: Pair
     dilation: Pair
     channels_last: bool
-    call: str  # "forward", "backward", or "inference": a forward whose merged or packed weights are at hand
+    # "forward"; "backward", with the maps between and merged kernels at hand where the library computes it; or
+    # "inference": a forward with merged or packed weights at hand.
+    call: str
 
     @property
     def out_size(self) -> Pair:
@@ -78,16 +80,16 @@ def steps(op: str, backend: str, work: ConvWork, dtype: torch.dtype, threads: in
         return {
             "inference": forward,
             "forward": [merge, *forward],
-            "backward": [merge, _gradient(forward[0]), _gradient(merge)],
+            "backward": [_gradient(forward[0]), _gradient(merge)],
         }[work.call]
     if backend == "depthwise":
         path = parts.sequence("decoupled_svd_conv2d", 1)
         if work.call == "backward":
-            return [path[0], *map(_gradient, path)] * work.ranks[0]
+            return [*map(_gradient, path)] * work.ranks[0]
         return [*path * work.ranks[0], *[parts.sum(2)] * (work.ranks[0] - 1)]
     forward = parts.sequence(op, work.ranks[0])
-    if work.call == "backward":  # which computes the maps between anew
-        return [*forward[:-1], *map(_gradient, forward)]
+    if work.call == "backward":
+        return [*map(_gradient, forward)]
     return [*forward, *([parts.sum(work.ranks[0])] if "depthwise" in LIBRARY[op] else [])]
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrank import _backends, _checks, _tables
+from fastrank import _backends, _checks
 from fastrank.ops import _register
 from fastrank.reference.conv import ACTIVATIONS, epilogue, epilogue_backward
 from fastrank.reference.conv import Geometry as Geometry
@@ -157,7 +157,7 @@ def _work(
     )
 
 
-@_tables.remembered
+@_backends.remembered
 def _chosen(
     name: str,
     x: Shape,
@@ -192,6 +192,9 @@ def like(grad: Tensor, t: Tensor) -> Tensor:
 # Past the operator: (x, factors, bias, residual, geometry, activation) -> its result, or None where it has to serve.
 Eager = Callable[[Tensor, Sequence[Tensor], Tensor | None, Tensor | None, Geometry, str], Tensor | None]
 EAGER: dict[str, Eager] = {}
+# (backend of the library, x, factors, bias, residual, geometry, activation) -> the result, by operators whose
+# derivatives torch knows.
+BY_LIBRARY: dict[str, Callable[..., Tensor]] = {}
 SIZES: dict[str, Callable[..., Sizes]] = {}
 KERNELS: dict[str, Mapping[str, Kernels]] = {}
 
@@ -239,7 +242,7 @@ def register_convolution(
         geometry: Geometry,
         activation: str,
     ) -> Tensor:
-        """By operators whose derivatives torch knows."""
+        """See `BY_LIBRARY`."""
         if chosen == "dense":
             out = epilogue(F.conv2d(x, merge(*tensors), bias, *geometry), residual, activation)
         else:
@@ -269,7 +272,7 @@ def register_convolution(
             return None
         return by_library(chosen, x, tensors, bias, residual, geometry, activation)
 
-    EAGER[name] = eager
+    EAGER[name], BY_LIBRARY[name] = eager, by_library
 
     def fake(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, _, _, stride, padding, dilation, _, _ = arguments

@@ -22,6 +22,7 @@ from fastrank.nn import FusedCPConv, FusedTucker2Conv
 from fastrank.nn._forms import CP, SVD, TUCKER2, Form, chain, stages_of
 from fastrank.nn._fused import FusedConv2d
 from fastrank.nn._prepared import work_of
+from fastrank.ops._conv import BY_LIBRARY, Geometry
 
 # A sample lasts at least this long, so that the clock's resolution and the start of a kernel do not show.
 MIN_SAMPLE_SECONDS = 1.5e-3
@@ -175,11 +176,19 @@ def contenders(case: Case, device: torch.device) -> dict[str, Call]:
             branches = stages_of(form, factors, name, geometry, layout)
             summed = work.ranks[0] if form.sums and name == "sequence" else 0
             calls[name] = partial(chain, branches, x, bias, summed)
-        elif work.call == "backward":
-            calls[name] = _backward(getattr(ops, op), x, factors, bias, {**options, "backend": name})
+            continue
+        if name in _tables.LIBRARY[op]:  # as `auto` runs them: past the operator
+            run = partial(_past, BY_LIBRARY[op], name, geometry)
         else:
-            calls[name] = partial(getattr(ops, op), x, *factors, bias, backend=name, **options)
+            run = partial(getattr(ops, op), backend=name, **options)
+        calls[name] = _backward(run, x, factors, bias) if work.call == "backward" else partial(run, x, *factors, bias)
     return calls
+
+
+def _past(run: Callable[..., Tensor], backend: str, geometry: Geometry, x: Tensor, *weights: Tensor) -> Tensor:
+    """What an operator's `BY_LIBRARY` gives for x, factors and a bias."""
+    *factors, bias = weights
+    return run(backend, x, factors, bias, None, geometry, "none")
 
 
 def _factor_shapes(op: str, work: ConvWork) -> list[tuple[int, ...]]:
@@ -195,9 +204,10 @@ def _factor_shapes(op: str, work: ConvWork) -> list[tuple[int, ...]]:
     return shapes[op]
 
 
-def _backward(op: Any, x: Tensor, factors: Sequence[Tensor], bias: Tensor, options: Mapping[str, Any]) -> Call:
+def _backward(run: Callable[..., Tensor], x: Tensor, factors: Sequence[Tensor], bias: Tensor) -> Call:
     leaves = [tensor.detach().requires_grad_() for tensor in (x, *factors, bias)]
-    out = op(*leaves, **options)
+    with torch.enable_grad():
+        out = run(*leaves)
     grad = torch.ones_like(out)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
