@@ -173,7 +173,8 @@ def cp_table(results: dict[str, Any]) -> str:
 
 def _note(results: dict[str, Any], what: str) -> str:
     machine = results["environment"]
-    return f"float32, {machine['cpu_threads']} threads, {machine['device']}, torch {machine['torch']}; {what}."
+    processor = f"{machine['device']} ({machine['capability']})"
+    return f"float32, {machine['cpu_threads']} threads, {processor}, torch {machine['torch']}; {what}."
 
 
 def main() -> None:

@@ -158,13 +158,16 @@ def goals_page() -> str:
     return goals.goals_table(RESULTS) if folder is None else goals.page(folder)
 
 
+# One of each shipped table of a CPU.
+DISPATCH = ("dispatch-cpu-avx512.json", "dispatch-cpu-avx2.json")
+
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_table, "status": status_table},
     "docs/api.md": {"api": api_page.page},
     "docs/recipes.md": {"recipes": recipes_table},
     "docs/dispatch.md": {
-        "dispatch": lambda: dispatch.table(result("dispatch-cpu.json")),
-        "cp": lambda: dispatch.cp_table(result("dispatch-cpu.json")),
+        "dispatch": lambda: "\n\n".join(dispatch.table(result(name)) for name in DISPATCH),
+        "cp": lambda: "\n\n".join(dispatch.cp_table(result(name)) for name in DISPATCH),
     },
     "docs/kernels/polar.md": {"accuracy": lambda: polar_accuracy.table(result("polar-accuracy.json")["rows"])},
     "docs/kernels/tucker2.md": {"goals": goals_page},

@@ -51,6 +51,16 @@ def test_resuming_at_any_batch_is_exact_and_draws_nothing(dataset: Dataset[Any])
         assert not _same(list(batches(dataset, 4, **{**options, **other})), whole)
 
 
+def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        images = torch.cat([images for images, _ in batches(_images(), 4, seed=seed, epoch=epoch, shuffle=True)])
+        return tuple(images.flatten(1).sum(1).tolist())
+
+    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == len(orders)
+    assert len({tuple(sorted(each)) for each in orders}) == 1
+
+
 def test_workers_read_the_same_batches() -> None:
     options: dict[str, Any] = {"seed": 1, "epoch": 1, "shuffle": True, "augment": Augment(shift=1)}
     assert _same(list(batches(_Noisy(), 3, workers=2, **options)), list(batches(_Noisy(), 3, **options)))
