@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastrank import _tables
+
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 BACKENDS = ("auto", "sequence", "dense", "reference")
@@ -134,6 +136,9 @@ class FactoredConvSuite:
     def overload():
         raise NotImplementedError
 
+    def name(self) -> str:
+        return self.overload().name().partition(".")[0].removeprefix("fastrank::")
+
     def factors(
         self, i: int, o: int, kernel: tuple[int, int], rank: int, dtype: torch.dtype, seed: int = 0
     ) -> list[Tensor]:
@@ -235,20 +240,21 @@ class FactoredConvSuite:
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
     @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-    @pytest.mark.parametrize("choice", ["sequence", "dense"])
-    def test_auto_past_the_operator_equals_the_operator(self, choice, activation, auto_takes):
-        auto_takes(choice)
+    def test_auto_past_the_operator_equals_the_operator(self, activation, auto_takes):
         inputs = [randn(2, 4, 6, 5), *self.factors(4, 3, (3, 2), 2, torch.float32), randn(3, seed=5)]
         inputs.append(randn(2, 3, 3, 6, seed=7))
-        found = []
-        for backend in ("auto", choice):
-            own = [i.clone().requires_grad_() for i in inputs]
-            out = self.op(*own[:-1], residual=own[-1], activation=activation, stride=(2, 1), padding=1, backend=backend)
-            assert ("fastrank" in type(out.grad_fn).__name__) == (backend != "auto")
-            found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), own)])
-        assert torch.equal(found[0][0], found[1][0])
-        for a, b in zip(*found, strict=True):  # the gradient of a bias is summed by another routine
-            assert l2_relative(a, b) <= 1e-6
+        options = {"activation": activation, "stride": (2, 1), "padding": 1}
+        for choice in _tables.LIBRARY[self.name()]:
+            auto_takes(choice)
+            found = []
+            for backend in ("auto", choice):
+                own = [i.clone().requires_grad_() for i in inputs]
+                out = self.op(*own[:-1], residual=own[-1], backend=backend, **options)
+                assert ("fastrank" in type(out.grad_fn).__name__) == (backend != "auto")
+                found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), own)])
+            assert torch.equal(found[0][0], found[1][0])
+            for a, b in zip(*found, strict=True):  # the gradient of a bias is summed by another routine
+                assert l2_relative(a, b) <= 1e-6
 
     def test_auto_keeps_the_maps_between_and_the_operator_does_not(self, auto_takes):
         auto_takes("sequence")
@@ -274,8 +280,7 @@ class FactoredConvSuite:
     def test_auto_is_the_operator_where_torch_watches(self, auto_takes):
         auto_takes("sequence")
         x, *factors = randn(2, 4, 6, 5), *self.factors(4, 3, (3, 3), 2, torch.float32)
-        name = self.overload().name().partition(".")[0].removeprefix("fastrank::")
-        calling = Calling(self.op)
+        name, calling = self.name(), Calling(self.op)
         traced = torch.fx.experimental.proxy_tensor.make_fx(calling)(x, *factors)
         for graph in (traced.graph, torch.export.export(calling, (x, *factors)).graph):
             called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
