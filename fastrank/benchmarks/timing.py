@@ -193,12 +193,14 @@ def for_seconds(
 ) -> dict[str, list[float]]:
     """Microseconds of each call, in turns for about so many seconds, between `least` and `most` rounds.
 
-    A measurement of a round is of as many calls as take `least_us`, since clocks and machines are noisy below. `before`
-    runs ahead of every round.
+    A measurement of a round is of as many calls as take `least_us`, since clocks and machines are noisy below, behind
+    one that does not count: what a long call of others left of caches, pages and threads would be all of a short one's
+    time. `before` runs ahead of every round.
     """
-    for call in calls.values():
+    first: dict[str, float] = {}
+    for name, call in calls.items():
         call()
-    first = {name: once(call) for name, call in calls.items()}
+        first[name] = once(call)
     repeats = {name: max(1, round(least_us / us)) for name, us in first.items()}
     round_s = sum(us * repeats[name] for name, us in first.items()) * 1e-6
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -206,6 +208,8 @@ def for_seconds(
         if before is not None:
             before()
         for name in names:
+            if repeats[name] > 1:
+                calls[name]()
             times[name].append(once(calls[name], repeats[name]))
     return times
 

@@ -96,7 +96,7 @@ def test_contenders_take_turns_in_every_order() -> None:
     moves: list[int] = []
     times = timing.for_seconds(calls, 1e-9, least=20, least_us=0.0, before=lambda: moves.append(len(seen)))
     assert all(len(us) == 20 and min(us) > 0 for us in times.values())
-    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    rounds = ["".join(seen[i : i + 3]) for i in range(6, len(seen), 3)]
     assert {"".join(sorted(each)) for each in rounds} == {"abc"}
     assert len(set(rounds)) == 6
     assert moves == list(range(6, 66, 3))  # ahead of each round, behind two that are not kept
@@ -112,10 +112,24 @@ def test_short_calls_are_repeated_and_seconds_are_kept(monkeypatch) -> None:
 
     us = timing.for_seconds({"short": lambda: takes(50e-6)}, 1e-9, least=3, least_us=1000.0)["short"]
     assert us == pytest.approx([50.0] * 3)
-    assert count == [1 + 1 + 3 * 20]  # to warm up, to see how long one takes, and 20 a round
+    assert count == [1 + 1 + 3 * (1 + 20)]  # to warm up, to see how long one takes, and 20 a round behind one more
     naps = timing.for_seconds({"nap": lambda: takes(0.01)}, 0.06, least=1, least_us=0.0)["nap"]
     assert naps == pytest.approx([10_000.0] * 6)
     assert len(timing.for_seconds({"nap": lambda: takes(0.01)}, 60.0, most=7)["nap"]) == 7
+
+
+def test_a_short_call_does_not_pay_for_what_a_long_one_left(monkeypatch) -> None:
+    clock, last = [0.0], [""]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def takes(name: str, seconds: float) -> None:
+        clock[0] += seconds + (0.01 if name == "short" and last[0] == "long" else 0.0)
+        last[0] = name
+
+    calls = {"long": lambda: takes("long", 1.0), "short": lambda: takes("short", 1e-4)}
+    us = timing.for_seconds(calls, 1e-9, least=4)
+    assert us["short"] == pytest.approx([100.0] * 4)
+    assert us["long"] == pytest.approx([1e6] * 4)
 
 
 def test_the_environment_tells_what_figures_depend_on() -> None:
