@@ -110,11 +110,12 @@ def test_every_kernel_is_compiled_by_some_process(bench, monkeypatch) -> None:
 
 def test_saved_bytes_are_those_of_the_maps(bench) -> None:
     p, kept = tiny(bench, epilogue=False, dtype=torch.float32), {}
-    for name in ("sequence", "auto"):
+    for name in ("sequence", "auto", "dense"):
         leaves, forward = bench.contenders.trained(name, p)
         kept[name] = bench.contenders.saved_bytes(forward, leaves[1:])
     pixels = 2 * 6 * 6 * 4
-    assert kept == {"sequence": pixels * (16 + 5 + 9), "auto": pixels * 16}
+    maps = pixels * (16 + 5 + 9)
+    assert kept == {"sequence": maps, "auto": maps, "dense": pixels * 16}  # the last is the operator's
 
 
 def test_what_is_wrong_is_told_and_not_timed(bench) -> None:

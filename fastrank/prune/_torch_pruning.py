@@ -26,7 +26,8 @@ _SCORED = (nn.Conv2d, nn.Linear, FusedCPConv)
 class Importance:
     """Scores for torch-pruning under which it removes what `select` removes: the place in `removal_order`, in (0, 1].
 
-    Usable as the `importance` of any torch-pruning pruner (scores compare between layers too, for its global pruning).
+    Usable as the `importance` of any torch-pruning pruner (scores compare between layers too, for its global pruning);
+    meanwhile a `FusedCPConv` needs a `backend` that is named, with which it is one node of autograd.
     A group of n channels gets the matrices of its `nn.Conv2d`, `nn.Linear` and `FusedCPConv` outputs, each divided by
     its mean, and of several for one pair of channels the average; a group without such a layer gets no scores, so that
     torch-pruning leaves it alone. criterion: see `fastrank.prune.similarity`.
@@ -92,6 +93,10 @@ def with_torch_pruning(
     training = {name: module.training for name, module in result.named_modules()}
     needs = {name: parameter.requires_grad for name, parameter in result.named_parameters()}
     fixed = _skipped(result, skip)
+    # A backend that is named is one node of autograd, whose graph torch-pruning follows.
+    backends = {module: module.backend for module in result.modules() if isinstance(module, FusedCPConv)}
+    for module in backends:
+        module.backend = "sequence"
     try:
         with torch.enable_grad():
             before, heads = _trace(result.eval().requires_grad_(), example_input)
@@ -118,6 +123,8 @@ def with_torch_pruning(
         parameter.requires_grad_(needs[name])
     for name, module in result.named_modules():
         module.training = training[name]
+    for module, backend in backends.items():
+        module.backend = backend
     if hasattr(result, "fastrank_origin"):
         del result.fastrank_origin
     return result
