@@ -35,6 +35,8 @@ ONCE_US = 1e6
 """A call that takes longer is measured in the first pass alone."""
 SECONDS = 0.5
 """For the calls of one size in one pass, beyond two rounds."""
+ROUNDS: dict[str, Any] = {"least": 2, "most": 15, "led_us": 50e3}
+"""Calls of 0.1 ms follow such of seconds."""
 LEAST = 3
 """Points that an exponent is fitted to."""
 
@@ -75,7 +77,7 @@ def measure(
                 for key, call in calls.items():
                     call()  # what is made once, and kept, is no part of the peak
                     found[key][size] = {"us": [], "peak": peak_bytes(call)}
-            for key, us in timing.for_seconds(calls, seconds, least=2, most=15).items():
+            for key, us in timing.for_seconds(calls, seconds, **ROUNDS).items():
                 found[key][size]["us"] += us
             for series in group.series:
                 if turn == 0 and series.key in calls and place + 1 < len(sizes):

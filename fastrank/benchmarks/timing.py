@@ -190,12 +190,13 @@ def for_seconds(
     least: int = 5,
     most: int = 60,
     least_us: float = 1000.0,
+    led_us: float | None = None,
 ) -> dict[str, list[float]]:
     """Microseconds of each call, in turns for about so many seconds, between `least` and `most` rounds.
 
-    A measurement of a round is of as many calls as take `least_us`, since clocks and machines are noisy below, behind
-    one that does not count: what a long call of others left of caches, pages and threads would be all of a short one's
-    time. `before` runs ahead of every round.
+    A measurement of a round is of as many calls as take `least_us`, since clocks and machines are noisy below. Calls of
+    less than `led_us` (None: as `least_us`) are led by one that does not count: what a long call of others left of
+    caches, pages and threads would be all of a short one's time. `before` runs ahead of every round.
     """
     first: dict[str, float] = {}
     for name, call in calls.items():
@@ -208,7 +209,7 @@ def for_seconds(
         if before is not None:
             before()
         for name in names:
-            if repeats[name] > 1:
+            if first[name] < (least_us if led_us is None else led_us):
                 calls[name]()
             times[name].append(once(calls[name], repeats[name]))
     return times

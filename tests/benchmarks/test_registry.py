@@ -130,6 +130,10 @@ def test_a_short_call_does_not_pay_for_what_a_long_one_left(monkeypatch) -> None
     us = timing.for_seconds(calls, 1e-9, least=4)
     assert us["short"] == pytest.approx([100.0] * 4)
     assert us["long"] == pytest.approx([1e6] * 4)
+    us = timing.for_seconds(calls, 1e-9, least=4, least_us=0.0, led_us=1000.0)
+    assert us["short"] == pytest.approx([100.0] * 4)
+    us = timing.for_seconds(calls, 1e-9, least=4, least_us=0.0)
+    assert max(us["short"]) == pytest.approx(10_100.0)
 
 
 def test_the_environment_tells_what_figures_depend_on() -> None:
