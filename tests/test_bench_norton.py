@@ -140,7 +140,7 @@ def test_contenders_run_in_turns_in_every_order(norton) -> None:
     seen: list[str] = []
     times = norton.eager({name: lambda name=name: seen.append(name) for name in "abc"}, 1e-9)
     assert all(len(us) == norton.LEAST_ROUNDS and min(us) > 0 for us in times.values())
-    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    rounds = ["".join(seen[i : i + 3]) for i in range(6, len(seen), 3)]  # behind two of each that are not kept
     assert {"".join(sorted(each)) for each in rounds} == {"abc"}
     assert len(set(rounds)) > 1
 
