@@ -11,8 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastrank import _backends, _tables
-
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports triton
@@ -68,6 +66,8 @@ def poison() -> Iterator[None]:
 @pytest.fixture
 def auto_takes() -> Iterator[Callable[[str | Callable[[Any], str]], None]]:
     """auto_takes(backend), or (function of facts -> backend): what `auto` of the factored convolutions takes now."""
+    from fastrank import _backends, _tables  # not before the environment is set up
+
     before = _backends.fastest
 
     def take(backend: str | Callable[[Any], str]) -> None:

@@ -253,8 +253,9 @@ class FactoredConvSuite:
                 assert ("fastrank" in type(out.grad_fn).__name__) == (backend != "auto")
                 found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), own)])
             assert torch.equal(found[0][0], found[1][0])
-            for a, b in zip(*found, strict=True):  # the gradient of a bias is summed by another routine
-                assert l2_relative(a, b) <= 1e-6
+            # Gradients of biases and merged kernels are sums of as many terms as there are pixels, in another order.
+            bound = 2 * EPS[torch.float32] * math.sqrt(out[:, 0].numel())
+            assert all(l2_relative(a, b) <= bound for a, b in zip(*found, strict=True))
 
     def test_auto_keeps_the_maps_between_and_the_operator_does_not(self, auto_takes):
         auto_takes("sequence")

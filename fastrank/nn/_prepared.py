@@ -136,8 +136,8 @@ class Prepared:
 _MISSING: Any = object()
 # Looked up once: see `Prepared.__call__`.
 _conv2d, _grad, _threads = torch.conv2d, torch.is_grad_enabled, torch.get_num_threads
-_modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-_tracing, _autocast = torch._C._get_tracing_state, torch._C._is_any_autocast_enabled
+_modes, _functorch, _tracing = _register.modes, _register.functorch, _register.tracing
+_autocast = torch._C._is_any_autocast_enabled
 # An input's shape, strides, dtype and device, and threads; the factors as kept, the bias; convolutions, activation.
 _Latest = tuple[Any, ...]
 

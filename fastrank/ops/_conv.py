@@ -111,7 +111,7 @@ def convolve(
         _checks.tensor("residual", residual, _out_shape(name, x, values, geometry), "the output's shape")
     if backend == "auto" and not _register.watched(x, *values, bias, residual):
         with _register.no_autocast(x):  # the tensors are cast, and sums stay in their dtype
-            found = EAGER[name](x, values, bias, residual, geometry, activation)
+            found = EAGER[name](Call(x, values, bias, residual, geometry, activation))
         if found is not None:
             return found
     out: Tensor = getattr(torch.ops.fastrank, name)(x, *values, bias, residual, *geometry, activation, backend)
@@ -189,12 +189,21 @@ def like(grad: Tensor, t: Tensor) -> Tensor:
     return grad.contiguous(memory_format=_register.memory_format(t))
 
 
-# Past the operator: (x, factors, bias, residual, geometry, activation) -> its result, or None where it has to serve.
-Eager = Callable[[Tensor, Sequence[Tensor], Tensor | None, Tensor | None, Geometry, str], Tensor | None]
-EAGER: dict[str, Eager] = {}
-# (backend of the library, x, factors, bias, residual, geometry, activation) -> the result, by operators whose
-# derivatives torch knows.
-BY_LIBRARY: dict[str, Callable[..., Tensor]] = {}
+class Call(NamedTuple):
+    """The checked arguments of an operator, but for the backend."""
+
+    x: Tensor
+    factors: Sequence[Tensor]
+    bias: Tensor | None
+    residual: Tensor | None
+    geometry: Geometry
+    activation: str
+
+
+# What a backend of the library makes of a call, by operators whose derivatives torch knows.
+BY_LIBRARY: dict[str, Callable[[str, Call], Tensor]] = {}
+# What `auto` makes of it past the operator, or None where the operator has to serve.
+EAGER: dict[str, Callable[[Call], Tensor | None]] = {}
 SIZES: dict[str, Callable[..., Sizes]] = {}
 KERNELS: dict[str, Mapping[str, Kernels]] = {}
 
@@ -231,18 +240,10 @@ def register_convolution(
             if out.numel():
                 kernels[chosen].prepare(x, tensors, bias, geometry)(x, residual, out, activation)
             return out
-        return by_library(chosen, x, tensors, bias, residual, geometry, activation)
+        return by_library(chosen, Call(x, tensors, bias, residual, geometry, activation))
 
-    def by_library(
-        chosen: str,
-        x: Tensor,
-        tensors: Sequence[Tensor],
-        bias: Tensor | None,
-        residual: Tensor | None,
-        geometry: Geometry,
-        activation: str,
-    ) -> Tensor:
-        """See `BY_LIBRARY`."""
+    def by_library(chosen: str, call: Call) -> Tensor:
+        x, tensors, bias, residual, geometry, activation = call
         if chosen == "dense":
             out = epilogue(F.conv2d(x, merge(*tensors), bias, *geometry), residual, activation)
         else:
@@ -250,27 +251,21 @@ def register_convolution(
             out = serve(x, *tensors, bias, residual, *geometry, activation)
         return out.contiguous(memory_format=_register.memory_format(x))
 
-    def eager(
-        x: Tensor,
-        tensors: Sequence[Tensor],
-        bias: Tensor | None,
-        residual: Tensor | None,
-        geometry: Geometry,
-        activation: str,
-    ) -> Tensor | None:
+    def eager(call: Call) -> Tensor | None:
         """The library's own calls, where `auto` takes the same of them both ways: they cost less than an operator
         of Python, and keep the maps between for the backward pass."""
+        x, tensors, bias, residual, geometry, _ = call
         last = _register.memory_format(x) is torch.channels_last
-        call = name, x.shape, tuple([t.shape for t in tensors]), geometry, last, x.dtype, x.device
+        sizes = name, x.shape, tuple([t.shape for t in tensors]), geometry, last, x.dtype, x.device
         process = torch.get_num_threads(), _backends.interpreting()
-        chosen = _chosen(*call, *process, "forward")
+        chosen = _chosen(*sizes, *process, "forward")
         if chosen in kernels:
             return None
         given = (x, *tensors, bias, residual)
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        if trains and _chosen(*call, *process, "backward") != chosen:
+        if trains and _chosen(*sizes, *process, "backward") != chosen:
             return None
-        return by_library(chosen, x, tensors, bias, residual, geometry, activation)
+        return by_library(chosen, call)
 
     EAGER[name], BY_LIBRARY[name] = eager, by_library
 

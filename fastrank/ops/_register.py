@@ -136,14 +136,14 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 # Looked up once: asking costs less than a microsecond.
-_modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
+modes, functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+tracing = torch._C._get_tracing_state
 
 
 def watched(*tensors: Tensor | None) -> bool:
     """Whether torch has to see an operator: a compiler, tracer, mode or transformation is at work, or a tensor is no
     plain one."""
-    if torch.compiler.is_compiling() or _modes() or _functorch() is not None or _tracing() is not None:
+    if torch.compiler.is_compiling() or modes() or functorch() is not None or tracing() is not None:
         return True
     return any(
         t is not None and (type(t) not in (Tensor, Parameter) or t.layout is not torch.strided or t.is_meta)

@@ -23,6 +23,7 @@ from fastrank.nn._forms import CP, SVD, TUCKER2, Form, chain, stages_of
 from fastrank.nn._fused import FusedConv2d
 from fastrank.nn._prepared import work_of
 from fastrank.ops._conv import BY_LIBRARY, Geometry
+from fastrank.ops._conv import Call as ConvCall
 
 # A sample lasts at least this long, so that the clock's resolution and the start of a kernel do not show.
 MIN_SAMPLE_SECONDS = 1.5e-3
@@ -177,18 +178,18 @@ def contenders(case: Case, device: torch.device) -> dict[str, Call]:
             summed = work.ranks[0] if form.sums and name == "sequence" else 0
             calls[name] = partial(chain, branches, x, bias, summed)
             continue
-        if name in _tables.LIBRARY[op]:  # as `auto` runs them: past the operator
-            run = partial(_past, BY_LIBRARY[op], name, geometry)
+        if name in _tables.LIBRARY[op]:
+            run = partial(_past, op, name, geometry)
         else:
             run = partial(getattr(ops, op), backend=name, **options)
         calls[name] = _backward(run, x, factors, bias) if work.call == "backward" else partial(run, x, *factors, bias)
     return calls
 
 
-def _past(run: Callable[..., Tensor], backend: str, geometry: Geometry, x: Tensor, *weights: Tensor) -> Tensor:
-    """What an operator's `BY_LIBRARY` gives for x, factors and a bias."""
+def _past(op: str, backend: str, geometry: Geometry, x: Tensor, *weights: Tensor) -> Tensor:
+    """What a backend of the library gives for x, factors and a bias, as `auto` calls it."""
     *factors, bias = weights
-    return run(backend, x, factors, bias, None, geometry, "none")
+    return BY_LIBRARY[op](backend, ConvCall(x, factors, bias, None, geometry, "none"))
 
 
 def _factor_shapes(op: str, work: ConvWork) -> list[tuple[int, ...]]:

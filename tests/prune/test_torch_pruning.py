@@ -80,6 +80,7 @@ def test_networks_of_torchvision_keep_the_chosen_filters_bitwise(name, factored)
     for layer_name, layer in pruned.named_modules():
         if isinstance(layer, nn.Conv2d | FusedCPConv):
             assert layer.out_channels == int(before[layer_name].out_channels * 0.75)
+            assert getattr(layer, "backend", "auto") == "auto"
         if isinstance(layer, nn.BatchNorm2d):
             old = before[layer_name]
             kept = places(layer.running_mean, old.running_mean)
