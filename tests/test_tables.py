@@ -87,6 +87,22 @@ def test_a_row_is_of_one_work_alone(tables, other):
     assert fastest(replace(HERE, **other)).estimate.source != "measured here"
 
 
+def test_training_is_both_passes_and_a_gradient_by_the_operator_computes_maps_again(tables):
+    def at(call):
+        return replace(WORK, call=call)
+
+    op = "cp_conv2d"
+    here = replace(HERE, op=op)
+    forward = {"sequence": 5.0, "depthwise": 4.0, "dense": 3.0, "triton": 1.0}
+    backward = {"sequence": 5.0, "depthwise": 5.0, "dense": 8.0, "cuda": 9.0}
+    tables(theirs=Table("cpu", rows={key(at("forward"), op=op): forward, key(at("backward"), op=op): backward}))
+    training, gradient = (fastest(replace(here, work=at(call))) for call in ("training", "gradient"))
+    assert training.estimate == Estimate({"sequence": 10.0, "depthwise": 9.0, "dense": 11.0}, "shipped table")
+    assert gradient.estimate.us == {"sequence": 10.0, "depthwise": 9.0, "dense": 8.0, "cuda": 9.0}
+    assert (training.backend, gradient.backend) == ("depthwise", "dense")
+    assert fastest(replace(here, work=at("training"), dtype=torch.float64)) == _backends.Choice("sequence", Estimate())
+
+
 def test_a_model_serves_what_is_no_row_at_the_nearest_number_of_threads(tables):
     slow, fast = flat_model(convolution=10.0), flat_model(convolution=0.5)
     tables(theirs=Table("cpu", models={("float32", False, 1): slow, ("float32", False, 8): fast}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,8 +29,13 @@ class Estimate:
 def estimate(op: str, work: ConvWork, dtype: torch.dtype, device: str, threads: int) -> Estimate:
     """The user's row, else the shipped row, else the user's model, the shipped model, the rows nearest by, or nothing.
 
-    device: as `device_name` spells it; threads: of a CPU, else 0.
+    device: as `device_name` spells it; threads: of a CPU, else 0. Calls that consist of others are sums.
     """
+    if work.call in ("training", "gradient"):
+        forward, backward = (
+            estimate(op, replace(work, call=call), dtype, device, threads) for call in ("forward", "backward")
+        )
+        return _summed(op, work.call, forward, backward)
     key = Key(op, str(dtype).removeprefix("torch."), threads, work)
     tables = [
         (table, where)
@@ -46,6 +51,16 @@ def estimate(op: str, work: ConvWork, dtype: torch.dtype, device: str, threads: 
             if found is not None:
                 return found
     return Estimate()
+
+
+def _summed(op: str, call: str, forward: Estimate, backward: Estimate) -> Estimate:
+    """A forward and a backward; or the backward alone, and for the library's chains the forward that they run again."""
+    if call == "training":
+        us = {name: forward.us[name] + own for name, own in backward.us.items() if name in forward.us}
+    else:
+        again = set(LIBRARY[op]) - {"dense"}
+        us = {name: own + (forward.us.get(name, 0.0) if name in again else 0.0) for name, own in backward.us.items()}
+    return Estimate(us, backward.source)
 
 
 def _modelled(table: Table, key: Key, dtype: torch.dtype, where: str) -> Estimate | None:

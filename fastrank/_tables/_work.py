@@ -25,8 +25,9 @@ class ConvWork:
     padding: Pair
     dilation: Pair
     channels_last: bool
-    # "forward"; "backward", with the maps between and merged kernels at hand where the library computes it; or
-    # "inference": a forward with merged or packed weights at hand.
+    # "inference": a forward with merged or packed weights at hand; "forward"; "backward", with the maps between and
+    # merged kernels at hand where the library computes it. Of these follow "training", a forward and a backward, and
+    # "gradient", a backward that computes the maps again.
     call: str
 
     @property

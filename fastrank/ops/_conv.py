@@ -252,20 +252,16 @@ def register_convolution(
         return out.contiguous(memory_format=_register.memory_format(x))
 
     def eager(call: Call) -> Tensor | None:
-        """The library's own calls, where `auto` takes the same of them both ways: they cost less than an operator
-        of Python, and keep the maps between for the backward pass."""
+        """The library's own calls: they cost less than an operator of Python, and keep the maps between for the
+        backward pass."""
         x, tensors, bias, residual, geometry, _ = call
         last = _register.memory_format(x) is torch.channels_last
         sizes = name, x.shape, tuple([t.shape for t in tensors]), geometry, last, x.dtype, x.device
-        process = torch.get_num_threads(), _backends.interpreting()
-        chosen = _chosen(*sizes, *process, "forward")
-        if chosen in kernels:
-            return None
         given = (x, *tensors, bias, residual)
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        if trains and _chosen(*sizes, *process, "backward") != chosen:
-            return None
-        return by_library(chosen, call)
+        process = torch.get_num_threads(), _backends.interpreting()
+        chosen = _chosen(*sizes, *process, "training" if trains else "forward")
+        return None if chosen in kernels else by_library(chosen, call)
 
     EAGER[name], BY_LIBRARY[name] = eager, by_library
 
@@ -324,7 +320,7 @@ def register_convolution(
     def backward_now(grad: Tensor, *arguments: Any) -> list[Tensor]:
         x, *values, stride, padding, dilation, needs, backend = arguments
         geometry = (tuple(stride), tuple(padding), tuple(dilation))
-        chosen = _backends.choose(_facts(name, x, values, geometry, "backward"), backend)
+        chosen = _backends.choose(_facts(name, x, values, geometry, "gradient"), backend)
         found = differentiate(grad, x, values, geometry, needs, chosen)
         wanted = zip(found, (x, *values), needs, strict=True)
         return [like(g, t) for g, t, need in wanted if need and g is not None]

@@ -32,7 +32,7 @@ def cp_conv2d(
     residual (N, O, H', W') -> (N, O, H', W'). The vertical pass strides along H, the horizontal one along W; padding
     may be "same" or "valid" (zeros). activation: "none" | "relu" | "silu". Tensors are of one dtype and device and of
     any strides; the output has x's memory format. Differentiable in every tensor, twice. A backend that is named
-    recomputes the intermediate maps in the backward pass; "auto" stores them where it takes library calls both ways.
+    recomputes the intermediate maps in the backward pass; "auto" stores them where it takes library calls.
     Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
 
     backend: "auto" (by tables of measured times) | "sequence" (library convolutions and a sum) | "depthwise" (a rank

@@ -32,7 +32,7 @@ def tucker2_conv2d(
     the core. activation: "none" | "relu" | "silu". Tensors are of one dtype and device and of any strides; the output
     has x's memory format. Channels-last with channels in multiples of 8 is what the kernels read and write fastest;
     other layouts they read in place. Differentiable in every tensor, twice. A backend that is named recomputes the two
-    intermediate maps in the backward pass; "auto" stores them where it takes library calls both ways. Under autocast
+    intermediate maps in the backward pass; "auto" stores them where it takes library calls. Under autocast
     the inputs are cast as for `torch.nn.functional.conv2d`.
 
     backend: "auto" (by tables of measured times) | "sequence" (three library convolutions) | "dense" (one, with the
